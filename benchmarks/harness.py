@@ -1,0 +1,92 @@
+"""Fair timing: contenders take turns round by round in one process, each from cold caches."""
+
+import gc
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+THREADS = 2
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+
+Call = Callable[[], object]
+
+
+def contest(
+    benchmark: BenchmarkFixture,
+    ours: Call,
+    others: Mapping[str, Call],
+    *,
+    budget_s: float,
+    prepare: Call = lambda: None,
+) -> None:
+    """Time ``others`` and ``ours`` in turn; each time is taken after the caches were written over.
+
+    Times of ``ours`` are those of pytest-benchmark; those of the others stand beside it, round for round, in
+    ``extra_info["others"]``, in seconds.
+
+    Args:
+        budget_s: about how long to go on, for at least ``MIN_ROUNDS`` and at most ``MAX_ROUNDS`` rounds.
+        prepare: called before each round, untimed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+
+    def time_others() -> None:
+        prepare()
+        for name, call in others.items():
+            flush_caches()
+            start = perf_counter()
+            call()
+            seconds[name].append(perf_counter() - start)
+        flush_caches()
+
+    start = perf_counter()
+    time_others()
+    ours()
+    rounds = int(budget_s / (perf_counter() - start))
+    for times in seconds.values():
+        times.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(
+            ours, setup=time_others, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS), iterations=1
+        )
+    finally:
+        gc.enable()
+    benchmark.extra_info["others"] = seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Return the ratio of two medians.
+
+    Raises:
+        ValueError: when a side has no times.
+    """
+    if not over or not under:
+        raise ValueError(f"times must be there on both sides, got {len(over)} and {len(under)}")
+    return statistics.median(over) / statistics.median(under)
+
+
+def flush_caches() -> None:
+    """Write to more memory than the caches hold, with every thread, so that what comes next starts cold."""
+    _ballast().add_(1)
+
+
+@cache
+def _ballast() -> Tensor:
+    return torch.zeros(max(64 * 2**20, 2 * _largest_cache()) // 8, dtype=torch.int64)
+
+
+def _largest_cache() -> int:
+    """Return the bytes of the last-level cache, 0 where the system does not tell."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)([KMG])", file.read_text().strip()) for file in files]
+    return max((int(size[1]) * units[size[2]] for size in sizes if size), default=0)

@@ -1,0 +1,303 @@
+// Threshold, choice of the swaps and the swaps themselves, for every segment.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <optional>
+
+#include "../order.h"
+#include "parallel.h"
+#include "patch.h"
+#include "rank_select.h"
+#include "workspace.h"
+
+namespace jackpot {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+enum class Pairs { kBest, kInverse, kRandom };
+
+// What the schedules and the person ask of this step.
+struct Request {
+  double rate, ramp;
+  int64_t step, seed;
+  Pairs pairs;
+
+  int64_t target(const int64_t* first_and_last, int64_t now) const {
+    const int64_t first = first_and_last[0], last = first_and_last[1];
+    return std::min(now, last + static_cast<int64_t>(std::ceil(static_cast<double>(first - last) * ramp)));
+  }
+  int64_t granted(int64_t proposed) const {
+    return static_cast<int64_t>(std::ceil(static_cast<double>(proposed) * rate));
+  }
+};
+
+// The swaps of one segment: the first `entered` ranks of `entering` come, the first `left` ranks of `leaving`
+// go.
+struct Exchange {
+  uint64_t threshold;
+  int64_t proposed, entered, left;
+  CandidateList entering, leaving;
+  int64_t entering_count, leaving_count;
+  std::unique_ptr<uint64_t[]> memory;  // of the lists, when they are not the workspace's
+  bool cold;
+};
+
+// Puts the first `count` ranks in front, and the last of them at their end.
+template <class Before>
+void first_ranks(uint64_t* ranks, int64_t count, int64_t total, Before before) {
+  if (count > 0) std::nth_element(ranks, ranks + count - 1, ranks + total, before);
+}
+
+// Takes the exchange from the candidates that the update emitted; false when they do not suffice.
+// The lists hold every score in the window, every kept one up to `lowest_until` and every pruned one from
+// `highest_from`, so whatever is chosen inside these bounds is what a scan of all scores would choose.
+bool exchange_candidates(const SegmentRecord& record, const Candidates& candidates, const Request& request,
+                         const int64_t* first_and_last, Exchange& exchange) {
+  const Counts& counts = record.counts;
+  const Window& window = record.window;
+  if (record.emitted_at != request.step || request.pairs != Pairs::kBest || !candidates.complete())
+    return false;
+  uint64_t *const kept = candidates.kept.ranks, *const pruned = candidates.pruned.ranks;
+  const uint32_t low = rank_key(window.low), high = rank_key(window.high);
+  const auto inside = [&](uint64_t rank) { return key_of(rank) >= low && key_of(rank) <= high; };
+
+  std::vector<uint64_t> ranks;  // of both classes inside the window
+  std::copy_if(kept, kept + counts.kept_out, std::back_inserter(ranks), inside);
+  std::copy_if(pruned, pruned + counts.pruned_out, std::back_inserter(ranks), inside);
+  const int64_t target = request.target(first_and_last, counts.kept);
+  const int64_t k = target - counts.above;
+  if (k < 1 || k > static_cast<int64_t>(ranks.size())) return false;
+  first_ranks(ranks.data(), k, ranks.size(), std::greater<uint64_t>());
+
+  exchange.threshold = ranks[k - 1];
+  exchange.proposed =
+      counts.pruned_above + std::count_if(pruned, pruned + counts.pruned_out, [&](uint64_t rank) {
+        return inside(rank) && rank >= exchange.threshold;
+      });
+  exchange.entered = request.granted(exchange.proposed);
+  exchange.left = exchange.entered + counts.kept - target;
+  if (exchange.entered > counts.pruned_out || exchange.left > counts.kept_out) return false;
+  first_ranks(pruned, exchange.entered, counts.pruned_out, std::greater<uint64_t>());
+  first_ranks(kept, exchange.left, counts.kept_out, std::less<uint64_t>());
+  const float highest_from =
+      window.pruned_low <= window.high ? std::min(window.pruned_low, window.low) : window.pruned_low;
+  const float lowest_until =
+      window.kept_high >= window.low ? std::max(window.kept_high, window.high) : window.kept_high;
+  if (exchange.entered && key_of(pruned[exchange.entered - 1]) < rank_key(highest_from)) return false;
+  if (exchange.left && key_of(kept[exchange.left - 1]) > rank_key(lowest_until)) return false;
+
+  exchange.entering = candidates.pruned;
+  exchange.leaving = candidates.kept;
+  exchange.entering_count = counts.pruned_out;
+  exchange.leaving_count = counts.kept_out;
+  exchange.cold = false;
+  return true;
+}
+
+int64_t count_kept(const Segments& segments, int64_t segment) {
+  int64_t kept = 0;
+  for (int64_t layer = segments.first[segment]; layer < segments.end(segment); ++layer) {
+    const Layer& part = segments.layers[layer];
+    for (int64_t word = 0; word < (part.numel + 31) / 32; ++word) kept += __builtin_popcount(part.mask[word]);
+  }
+  return kept;
+}
+
+// Orders the lists as `pairs` chooses: the first of each list swap.
+void choose_pairs(const Request& request, Exchange& exchange) {
+  uint64_t *const entering = exchange.entering.ranks, *const leaving = exchange.leaving.ranks;
+  const int64_t coming = exchange.entering_count, going = exchange.leaving_count;
+  const std::less<uint64_t> lowest;
+  const std::greater<uint64_t> highest;
+  const auto hashed = [&](uint64_t a, uint64_t b) {
+    return pair_hash(request.seed, request.step, position_of(a)) <
+           pair_hash(request.seed, request.step, position_of(b));
+  };
+  switch (request.pairs) {
+    case Pairs::kBest:
+      first_ranks(entering, exchange.entered, coming, highest);
+      first_ranks(leaving, exchange.left, going, lowest);
+      break;
+    case Pairs::kInverse:
+      first_ranks(entering, exchange.entered, coming, lowest);
+      first_ranks(leaving, exchange.left, going, highest);
+      break;
+    case Pairs::kRandom:
+      first_ranks(entering, exchange.entered, coming, hashed);
+      first_ranks(leaving, exchange.left, going, hashed);
+      break;
+  }
+}
+
+// The cold path: thresholds by rank selection over all scores, then one scan for all that cross them.
+void exchange_scanned(const Segments& segments, const std::vector<int64_t>& which, const int64_t* num_kept,
+                      const Request& request, std::vector<Exchange>& exchanges) {
+  const int64_t count = static_cast<int64_t>(which.size());
+  std::vector<int64_t> now(count), targets(count);
+  parallel_each(count, [&](int64_t i) {
+    now[i] = count_kept(segments, which[i]);
+    targets[i] = request.target(num_kept + 2 * which[i], now[i]);
+  });
+  std::vector<uint64_t> thresholds;
+  rank_select(segments, which, targets, thresholds);
+
+  std::vector<TileRef> tiles;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t numel = segments.numel[which[i]];
+    Exchange& exchange = exchanges[which[i]];
+    const int64_t leaving = std::min(now[i], numel - targets[i]),
+                  entering = std::min(numel - now[i], targets[i]);
+    exchange.memory.reset(new uint64_t[entering + leaving]);
+    exchange.entering = {exchange.memory.get(), entering};
+    exchange.leaving = {exchange.memory.get() + entering, leaving};
+    exchange.entering_count = exchange.leaving_count = 0;
+    exchange.threshold = thresholds[i];
+    exchange.cold = true;
+    for (int64_t layer = segments.first[which[i]]; layer < segments.end(which[i]); ++layer) {
+      append_tiles(segments, layer, tiles);
+    }
+  }
+  parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
+    uint64_t kept[kTile], pruned[kTile];
+    Exchange& exchange = exchanges[segments.layers[tiles[t].layer].segment];
+    const float threshold = score_of(exchange.threshold);
+    Tile tile = make_tile(segments, tiles[t]);
+    tile.window = {kInfinity, -kInfinity, threshold, threshold};  // nothing is inside
+    tile.kept = kept;
+    tile.pruned = pruned;
+    const Counts found = tile_kernels().run(tile);
+    const auto crosses = [&](uint64_t rank) { return rank < exchange.threshold; };
+    const int64_t leaving = std::partition(kept, kept + found.kept_out, crosses) - kept;
+    const int64_t entering = std::partition(pruned, pruned + found.pruned_out, std::not_fn(crosses)) - pruned;
+    exchange.leaving.append(exchange.leaving_count, kept, leaving);
+    exchange.entering.append(exchange.entering_count, pruned, entering);
+  });
+  parallel_each(count, [&](int64_t i) {
+    Exchange& exchange = exchanges[which[i]];
+    exchange.proposed = exchange.entering_count;
+    exchange.entered = request.granted(exchange.proposed);
+    exchange.left = exchange.entered + now[i] - targets[i];
+    choose_pairs(request, exchange);
+  });
+}
+
+// Where the next step's list of one class may end: the score at a rank that leaves as many again as swapped
+// now, or the window itself while the whole list is short.
+template <class Before>
+float next_bound(const CandidateList& list, int64_t count, int64_t taken, int64_t room, float shift,
+                 float window, Before before) {
+  const int64_t rank = 3 * taken + 64;
+  if (count <= room / 4 || rank >= count) return window;
+  std::nth_element(list.ranks + taken, list.ranks + rank, list.ranks + count, before);
+  return score_of(list.ranks[rank]) + shift;
+}
+
+// Aims the next step's window: where the threshold will be if it moves on as it did, and three times as wide
+// as the last miss, so that a miss is rare and the window holds few.
+void arm(SegmentRecord& record, const Exchange& exchange, float threshold, int64_t capacity) {
+  const float moved = record.armed ? threshold - record.threshold : 0.0f;
+  const float missed = record.armed ? std::fabs(threshold - record.predicted) : std::fabs(threshold) / 4096;
+  const float least = std::fabs(threshold) / (1 << 22) + std::numeric_limits<float>::min();
+  record.half_width = std::max({3 * missed, record.armed ? 0.8f * record.half_width : 0.0f, least});
+  record.threshold = threshold;
+  record.predicted = threshold + moved;
+  record.armed = 1;
+  record.emitted_at = 0;
+  Window& window = record.window;
+  window.low = record.predicted - record.half_width;
+  window.high = record.predicted + record.half_width;
+  window.kept_high = next_bound(exchange.leaving, exchange.leaving_count, exchange.left, capacity, moved,
+                                window.high, std::less<uint64_t>());
+  window.pruned_low = next_bound(exchange.entering, exchange.entering_count, exchange.entered, capacity,
+                                 moved, window.low, std::greater<uint64_t>());
+}
+
+void apply(const Segments& segments, int64_t segment, const Exchange& exchange,
+           const std::vector<Patch>& patches) {
+  const auto each = [&](const CandidateList& list, int64_t count, auto change) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = position_of(list.ranks[i]);
+      const Layer& layer = layer_at(segments, segment, position);
+      change(patches[&layer - segments.layers.data()], position - layer.position);
+    }
+  };
+  each(exchange.entering, exchange.entered, [](const Patch& patch, int64_t index) { patch.keep(index); });
+  each(exchange.leaving, exchange.left, [](const Patch& patch, int64_t index) { patch.prune(index); });
+}
+
+Pairs pairs_named(const std::string& name) {
+  if (name == "best") return Pairs::kBest;
+  if (name == "inverse") return Pairs::kInverse;
+  STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
+  return Pairs::kRandom;
+}
+
+std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, const Tensors& effective) {
+  STD_TORCH_CHECK(weights.size() == effective.size() && (weights.empty() || weights.size() == masks.size()),
+                  "weights and effective must both be empty or have one entry a layer");
+  std::vector<Patch> patches;
+  for (size_t i = 0; i < masks.size(); ++i) {
+    patches.emplace_back(masks[i], weights.empty() ? nullptr : &weights[i],
+                         weights.empty() ? nullptr : &effective[i]);
+  }
+  return patches;
+}
+
+Tensor swap_(const Tensors scores, const Tensors masks, const Tensors weights, const Tensors effective,
+             const Tensor num_kept, const Tensor schedule, const Tensor control, bool joint,
+             const std::string pairs, int64_t seed, std::optional<Tensor> workspace) {
+  const Segments segments = make_segments(scores, masks, joint);
+  STD_TORCH_CHECK(masks.size() == scores.size(), "masks must have one entry a layer");
+  const std::vector<Patch> patches = make_patches(masks, weights, effective);
+  require_cpu(num_kept, ScalarType::Long, "num_kept");
+  require_cpu(schedule, ScalarType::Double, "schedule");
+  STD_TORCH_CHECK(num_kept.numel() == 2 * segments.size(), "num_kept must be [segments, 2]");
+  const int64_t* const steps = control_of(control);
+  const int64_t* const targets = static_cast<const int64_t*>(num_kept.data_ptr());
+  STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
+  std::optional<Workspace> lists;
+  if (workspace) lists.emplace(segments, *workspace);
+  Tensor stats = torch::stable::new_zeros(control, {segments.size(), 5});
+  if (steps[2]) return stats;
+  STD_TORCH_CHECK(steps[0] >= 1 && steps[0] <= schedule.size(0), "control[0] must be in [1, ",
+                  schedule.size(0), "], the steps of schedule, got ", steps[0]);
+  const double* const row = static_cast<const double*>(schedule.data_ptr()) + 2 * (steps[0] - 1);
+  const Request request = {row[0], row[1], steps[0], seed, pairs_named(pairs)};
+
+  std::vector<Exchange> exchanges(segments.size());
+  std::vector<uint8_t> done(segments.size(), 0);
+  if (lists) {
+    parallel_each(segments.size(), [&](int64_t s) {
+      done[s] = exchange_candidates(*lists->records[s], lists->candidates[s], request, targets + 2 * s,
+                                    exchanges[s]);
+    });
+  }
+  std::vector<int64_t> cold;
+  for (int64_t s = 0; s < segments.size(); ++s) {
+    if (!done[s]) cold.push_back(s);
+  }
+  if (!cold.empty()) exchange_scanned(segments, cold, targets, request, exchanges);
+
+  int64_t* const out = static_cast<int64_t*>(stats.data_ptr());
+  parallel_each(segments.size(), [&](int64_t s) {
+    Exchange& exchange = exchanges[s];
+    const float threshold = value_at(segments, s, position_of(exchange.threshold));
+    apply(segments, s, exchange, patches);
+    const int64_t stat[5] = {exchange.proposed, exchange.entered, exchange.left,
+                             static_cast<int32_t>(float_bits(threshold)), exchange.cold};
+    std::copy(stat, stat + 5, out + 5 * s);
+    if (lists) arm(*lists->records[s], exchange, threshold, candidate_capacity(segments.numel[s]));
+  });
+  return stats;
+}
+
+}  // namespace
+}  // namespace jackpot
+
+STABLE_TORCH_LIBRARY_IMPL(jackpot, CPU, m) { m.impl("swap_", TORCH_BOX(&jackpot::swap_)); }

@@ -1,0 +1,51 @@
+// What one tile of a layer needs from the vector units. The bodies are written once (tile_kernels.h) and
+// compiled for each instruction set; all give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace jackpot {
+
+// A tile's candidates wait in two buffers of this many ranks: 64 KiB, small enough for any stack.
+constexpr int64_t kTile = 4096;
+
+// Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.
+struct Window {
+  float low, high;
+  float kept_high, pruned_low;
+};
+
+struct Counts {
+  int64_t kept_out, pruned_out;  // candidates emitted
+  int64_t above, pruned_above;   // scores above the window, of all and of the pruned
+  int64_t kept;                  // mask bits set
+};
+
+struct Tile {
+  float* scores;         // [count]
+  float* momenta;        // [count]
+  const float* grads;    // [count], null: the scores stay
+  const uint32_t* mask;  // [ceil(count / 32)], null: nothing is kept
+  int64_t count;
+  uint32_t position;  // of the first element, in its segment
+  float lr, momentum, weight_decay, inv_scale;
+  bool nesterov;
+  Window window;
+  uint64_t *kept, *pruned;  // [kTile], null: no candidates wanted
+};
+
+struct TileKernels {
+  const char* capability;
+  bool (*all_finite)(const float* values, int64_t count);
+  Counts (*run)(const Tile& tile);
+};
+
+extern const TileKernels kScalarKernels;
+#ifdef __x86_64__
+extern const TileKernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+// The widest kernels this machine runs, or those that JACKPOT_CPU (scalar, avx2, avx512) names.
+const TileKernels& tile_kernels();
+
+}  // namespace jackpot

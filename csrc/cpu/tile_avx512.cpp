@@ -1,0 +1,30 @@
+#ifdef __x86_64__
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
+#include <immintrin.h>
+
+#include "../order.h"
+#include "tile.h"
+
+namespace jackpot {
+namespace {
+struct Vec {
+  __m512 v;
+  static Vec splat(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline uint32_t operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+inline uint32_t operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+inline uint32_t operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+inline uint32_t operator>(Vec a, Vec b) { return b < a; }
+}  // namespace
+}  // namespace jackpot
+
+#include "tile_kernels.h"
+
+namespace jackpot {
+const TileKernels kAvx512Kernels = {"avx512", all_finite, run};
+}
+#endif

@@ -1,0 +1,47 @@
+"""Checks that name the argument, what was wanted and what came, in one sentence."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+
+def require_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
+
+
+def require_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def require_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def require_same_length(name: str, values: Sequence[Tensor], length: int) -> None:
+    if len(values) != length:
+        raise ValueError(f"{name} must have one entry for each of {length} layers, got {len(values)}")
+
+
+def num_words(numel: int) -> int:
+    """Return how many int32 words hold the mask of ``numel`` weights."""
+    return (numel + 31) // 32
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

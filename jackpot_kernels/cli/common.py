@@ -1,0 +1,163 @@
+"""What the commands share: errors in one sentence, tables, models and data by name."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jackpot_kernels.cli import EXTRAS, missing_extra
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.data import Dataset
+
+# What --model and --data know by name.
+MODELS = {"digits": "jackpot_kernels.models:digits_net"}
+DATA = {"digits": "jackpot_kernels.data:digits"}
+
+
+def fail(sentence: str) -> NoReturn:
+    """End with one sentence on stderr and exit code 2."""
+    typer.echo(f"jackpot: {sentence}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn errors that a person can mend into one sentence: for setting up, not for the work itself."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        fail(missing_extra(error.name))
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except (TypeError, ValueError) as error:
+        fail(str(error))
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """Print a table with its first column to the left and the others to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def resolve(option: str, name: str, known: Mapping[str, str]) -> Any:
+    """Return what the callable that ``name`` stands for returns.
+
+    Args:
+        option: what an error calls it.
+        name: one of ``known``, or ``module:callable``; modules are also looked for in the working directory.
+    """
+    module_name, _, attribute = known.get(name, name).partition(":")
+    if not module_name or not attribute:
+        fail(f"{option} must be {', '.join(known)} or module:callable, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = import_module(module_name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except ImportError as error:
+        fail(f"{option} must name a module that can be imported, got {name!r} ({_told(error)})")
+    except AttributeError:
+        fail(f"{option} must name a callable of module {module_name!r}, got {name!r}")
+    if not callable(function):
+        fail(f"{option} must name a callable, got {name!r}, a {type(function).__name__}")
+    try:
+        return function()
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            raise
+        fail(
+            f"{option} must be a callable that needs no argument and succeeds, got {name!r} ({_told(error)})"
+        )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def build_model(name: str, weights: Path | None = None) -> "nn.Module":
+    """Return the network that ``name`` stands for, with ``weights`` loaded."""
+    from torch import nn
+
+    model = resolve("model", name, MODELS)
+    if not isinstance(model, nn.Module):
+        fail(f"model must return a torch.nn.Module, got {type(model).__name__} from {name!r}")
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model: "nn.Module", path: Path) -> None:
+    """Load a safetensors file with exactly the model's names and shapes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded = load_file(path)
+    except FileNotFoundError:
+        fail(f"weights must be an existing file, got {path}")
+    except (SafetensorError, OSError) as error:
+        fail(f"weights must be a safetensors file, got {path} ({error})")
+    wanted = model.state_dict()
+    for key in [*wanted, *loaded]:
+        if key not in loaded or key not in wanted:
+            where = "the model" if key in wanted else "the file"
+            fail(f"weights must have the names of the model, got {path} with {key!r} in {where} only")
+        if loaded[key].shape != wanted[key].shape:
+            shapes = f"{list(wanted[key].shape)}, got {list(loaded[key].shape)}"
+            fail(f"weights must have the shapes of the model: {key!r} must be {shapes} in {path}")
+    model.load_state_dict(loaded)
+
+
+def build_data(name: str) -> "tuple[Dataset, Dataset]":
+    """Return the training and the test set that ``name`` stands for."""
+    from jackpot_kernels.data import as_dataset
+
+    pair = resolve("data", name, DATA)
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        fail(f"data must return a pair (train, test), got {type(pair).__name__} from {name!r}")
+    return as_dataset(pair[0], "training data"), as_dataset(pair[1], "test data")
+
+
+def choose_device(name: str) -> "torch.device":
+    """Return the device; "auto" is CUDA where there is one."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        fail(f"device must be one that torch can use here, got {name!r}")
+    return device
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Replace ``path`` as a whole, or leave it as it was."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

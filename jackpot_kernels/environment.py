@@ -1,0 +1,79 @@
+"""What is installed, what was built, and what can run here."""
+
+import platform
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from jackpot_kernels import _extension
+
+
+def environment() -> dict[str, Any]:
+    """Return the facts that tell one machine from another: versions, build, processor, GPUs, backends.
+
+    Each fact is looked up on its own: where one cannot be had, its entry is a string that says why.
+
+    Returns:
+        A dict that JSON can hold: ``versions`` (package to version), ``extension`` (``path`` and what it was
+        built from), ``cpu`` (``machine``, ``capability``, ``threads``), ``cuda`` (``torch_built_for``,
+        ``available``, ``devices``) and ``backends`` (name to where it runs, or why it does not).
+    """
+    probes: dict[str, Callable[[], Any]] = {
+        "versions": _versions,
+        "extension": lambda: {"path": str(_extension.LIBRARY)} | _extension.build_facts(),
+        "cpu": _cpu,
+        "cuda": _cuda,
+        "backends": _backends,
+    }
+    return {name: _guarded(probe) for name, probe in probes.items()}
+
+
+def _guarded(probe: Callable[[], Any]) -> Any:
+    try:
+        return probe()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: _installed(name) for name in ("jackpot_kernels", "triton", "numpy", "safetensors")}
+    return {"python": platform.python_version(), "torch": torch.__version__} | packages
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "capability": _guarded(torch.ops.jackpot.cpu_capability),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    available = torch.cuda.is_available()
+    devices = range(torch.cuda.device_count()) if available else ()
+    return {
+        "torch_built_for": torch.version.cuda,
+        "available": available,
+        "devices": [_guarded(partial(torch.cuda.get_device_name, i)) for i in devices],
+    }
+
+
+def _backends() -> dict[str, str]:
+    cuda = torch.cuda.is_available()
+    here = "runs on cpu and cuda" if cuda else "runs on cpu"
+    without = "runs on cpu, not on cuda: the extension was built without CUDA kernels"
+    return {
+        "dense": without if cuda and not _extension.build_facts()["cuda_archs"] else here,
+        "fused": "does not run: this version has no Triton kernels",
+        "reference": here,
+    }

@@ -1,0 +1,289 @@
+"""Matmul and convolutions under a mask, with gradients to input, bias, scores and an unfrozen weight.
+
+With ``G = dL/d(weight * mask)`` the scores get ``G * weight``, those of pruned weights too (Eq. 6, 18).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jackpot_kernels import reference
+from jackpot_kernels._validate import (
+    num_words,
+    require_contiguous,
+    require_device,
+    require_dtype,
+    require_shape,
+)
+from jackpot_kernels.ops import masked_conv as conv_op
+from jackpot_kernels.ops import masked_linear as linear_op
+from jackpot_kernels.ops.masked import choose_backend
+from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return ``x @ (weight * mask).T + bias`` (Eq. 4), differentiable once.
+
+    dL/dscores = G * weight (Eq. 6, 18);  dL/dweight = G * mask (Eq. 31);  G = dL/d(weight * mask)
+
+    Args:
+        x: floating, with any number of leading dimensions.  # [..., K]
+        weight: floating, any strides; a gradient only if it asks for one.  # [M, K]
+        scores: float32; its values do not matter here, its gradient is float32.  # [M, K]
+        mask: bool, or the int32 words of ``pack_mask``.  # [M, K] or [ceil(M * K / 32)]
+        bias: the dtype of ``weight``.  # [M]
+        backend: "auto", "dense" (effective weight and the library's matmul), "reference" (plain PyTorch) or
+            "fused".
+
+    Returns:
+        The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.linear``.  # [..., M]
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device or backend does not fit.
+    """
+    words = _require_words(weight, scores, mask, 2)
+    return linear(x, weight, scores, words, None, bias, backend)
+
+
+def masked_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the convolution of ``x`` with ``weight * mask`` over one dimension; see ``masked_conv2d``.
+
+    Args:
+        x: floating, batched or not.  # [N, I, L] or [I, L]
+        weight: floating.  # [O, I / groups, K]
+    """
+    words = _require_words(weight, scores, mask, 3)
+    return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the convolution of ``x`` with ``weight * mask``, plus ``bias`` (Eq. 4), differentiable once.
+
+    dL/dscores = G * weight (Eq. 6, 18);  dL/dweight = G * mask (Eq. 31);  G = dL/d(weight * mask)
+
+    Args:
+        x: floating, batched or not, contiguous or channels_last.  # [N, I, H, W] or [I, H, W]
+        weight: floating, any strides; a gradient only if it asks for one.  # [O, I / groups, KH, KW]
+        scores: float32; its values do not matter here, its gradient is float32 and contiguous.  # as weight
+        mask: bool, or the int32 words of ``pack_mask``.  # as weight, or [ceil(numel / 32)]
+        bias: the dtype of ``weight``.  # [O]
+        stride, dilation: one number, or one a dimension.
+        padding: the same, in elements of zeros on either side, or "valid" or "same".
+        groups: a divisor of I and O.
+        backend: "auto", "dense" (effective weight and the library's convolution), "reference" (plain PyTorch)
+            or "fused".
+
+    Returns:
+        The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.conv2d``.  # [N, O, H', W']
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, device, group count, padding or backend does not fit.
+    """
+    words = _require_words(weight, scores, mask, 4)
+    return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
+
+
+def masked_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the convolution of ``x`` with ``weight * mask`` over three dimensions; see ``masked_conv2d``.
+
+    Args:
+        x: floating, batched or not.  # [N, I, D, H, W] or [I, D, H, W]
+        weight: floating.  # [O, I / groups, KD, KH, KW]
+    """
+    words = _require_words(weight, scores, mask, 5)
+    return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    words: Tensor,
+    effective_weight: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Return ``masked_linear`` for a packed mask, and an effective weight in the compute dtype if at hand."""
+    backend = choose_backend(backend, linear_op.KERNELS)
+    x, bias = _as_compute_dtype(x, weight, bias)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have {weight.shape[1]} elements in its last dimension, got shape {list(x.shape)}"
+        )
+    if backend == "reference":
+        mask = unpack_mask(words, weight.shape)
+        return reference.masked_linear(x, weight.to(x.dtype), scores, mask, bias)
+    y: Tensor = linear_op.MaskedLinearFunction.apply(
+        x, weight, scores, words, effective_weight, bias, backend
+    )
+    return y
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    words: Tensor,
+    effective_weight: Tensor | None,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: str | int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    backend: str,
+) -> Tensor:
+    """Return the convolution for a packed mask, and an effective weight in the compute dtype if at hand."""
+    backend = choose_backend(backend, conv_op.KERNELS)
+    x, bias = _as_compute_dtype(x, weight, bias)
+    _require_channels(x, weight, groups)
+    batched = x.dim() == weight.dim()
+    x = x if batched else x.unsqueeze(0)
+    spatial = weight.dim() - 2
+    stride, dilation = _one_each("stride", stride, spatial), _one_each("dilation", dilation, spatial)
+    if isinstance(padding, str):
+        x, padding = _pad(x, weight, stride, padding, dilation)
+    window = (stride, _one_each("padding", padding, spatial), dilation, groups)
+    if backend == "reference":
+        mask = unpack_mask(words, weight.shape)
+        y = reference.masked_conv(x, weight.to(x.dtype), scores, mask, bias, *window)
+    else:
+        y = conv_op.MaskedConvFunction.apply(
+            x, weight, scores, words, effective_weight, bias, *window, backend
+        )
+    return y if batched else y.squeeze(0)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer of this weight computes: autocast's where on, or its own."""
+    return _autocast_dtype(weight) or weight.dtype
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    device = weight.device.type
+    if weight.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _as_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Cast x and bias under autocast, and check that both then agree with the weight."""
+    dtype = _autocast_dtype(weight)
+    if dtype is not None:
+        x = x.to(dtype) if x.is_floating_point() else x
+        bias = bias if bias is None else bias.to(dtype)
+    dtype = dtype or weight.dtype
+    require_dtype("x", x, dtype)
+    require_device("x", x, weight.device)
+    if bias is not None:
+        require_dtype("bias", bias, dtype)
+        require_device("bias", bias, weight.device)
+        require_shape("bias", bias, weight.shape[:1])
+    return x, bias
+
+
+def _require_words(weight: Tensor, scores: Tensor, mask: Tensor, dims: int) -> Tensor:
+    """Check what belongs to the weight, and return the mask as words."""
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
+    if weight.dim() != dims or weight.numel() == 0:
+        raise ValueError(
+            f"weight must have {dims} dimensions, none of them empty, got shape {list(weight.shape)}"
+        )
+    require_dtype("scores", scores, torch.float32)
+    require_shape("scores", scores, weight.shape)
+    require_device("scores", scores, weight.device)
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.int32):
+        raise TypeError(f"mask must be a bool tensor, or int32 words, got {_kind(mask)}")
+    require_device("mask", mask, weight.device)
+    if mask.dtype == torch.bool:
+        require_shape("mask", mask, weight.shape)
+        return pack_mask(mask)
+    require_shape("mask as words", mask, [num_words(weight.numel())])
+    require_contiguous("mask as words", mask)
+    return mask
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+
+
+def _require_channels(x: Tensor, weight: Tensor, groups: int) -> None:
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
+    dims, channels = weight.dim(), weight.shape[1] * groups
+    if x.dim() not in (dims - 1, dims) or x.shape[1 - dims] != channels:
+        raise ValueError(
+            f"x must have {dims} or {dims - 1} dimensions and {channels} channels, got shape {list(x.shape)}"
+        )
+
+
+def _one_each(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
+    if isinstance(value, int):
+        return (value,) * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be one number or {count}, got {tuple(value)}")
+    return value
+
+
+def _pad(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: str, dilation: Sequence[int]
+) -> tuple[Tensor, Sequence[int]]:
+    """Return x and the symmetric padding that stand for "valid" or "same"."""
+    if padding not in ("valid", "same"):
+        raise ValueError(f'padding must be numbers, "valid" or "same", got {padding!r}')
+    if padding == "valid":
+        return x, (0,) * len(stride)
+    if any(s != 1 for s in stride):
+        raise ValueError(f'stride must be 1 where padding is "same", got {tuple(stride)}')
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    # An odd total puts its last column on the right, as torch.nn.functional does.
+    extra = [side for t in reversed(total) for side in (0, t % 2)]
+    return F.pad(x, extra) if any(extra) else x, [t // 2 for t in total]

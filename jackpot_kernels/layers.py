@@ -1,0 +1,263 @@
+"""Layers whose weight stands still while a mask over it is searched."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jackpot_kernels._validate import require_dtype, require_shape
+from jackpot_kernels.functional import compute_dtype, convolution, linear
+from jackpot_kernels.ops.effective_weight import effective_weight
+from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
+
+Layer = TypeVar("Layer", bound="MaskedLayer")
+
+
+class MaskedLayer(nn.Module):
+    """What a plain layer gains under a mask; a mixin that stands before its ``nn`` class.
+
+    ``weight`` has any floating dtype and memory format. ``scores`` is a float32 Parameter, ``mask_words`` the
+    packed mask, both in logical row-major order; neither changes with the layer's dtype or memory format.
+
+    ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time.
+    """
+
+    backend: str = "auto"
+    weight: Tensor
+    bias: Any
+    scores: nn.Parameter
+    mask_words: Tensor
+
+    # The plain class, and those of its arguments that it keeps as attributes.
+    _plain: ClassVar[type[nn.Module]]
+    _arguments: ClassVar[tuple[str, ...]]
+
+    # The effective weight is built when a forward pass first needs it, and again when weight or mask are not
+    # the tensors, in the state, that it was built from. Whoever patches it together with the mask, as the
+    # optimizer does at each step, calls `mark_patched` to say that it is up to date.
+    _effective: Tensor | None = None
+    _built_from: tuple[Tensor | None, Tensor | None] = (None, None)
+    _built_at: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dense(cls: type[Layer], module: nn.Module) -> Layer:
+        """Return the masked layer of a plain one: it shares weight and bias, now frozen, and prunes nothing.
+
+        Raises:
+            TypeError: ``module`` is not of the plain class.
+        """
+        if not isinstance(module, cls._plain):
+            raise TypeError(f"module must be an nn.{cls._plain.__name__}, got {type(module).__name__}")
+        layer = _blank(cls, module, cls._arguments)
+        layer.weight, layer.bias = module.weight, module.bias
+        for frozen in (layer.weight, layer.bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        layer._keep_all()
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """Return a plain layer of its own that holds ``weight * mask``; it takes gradients."""
+        plain = _blank(self._plain, self, self._arguments)
+        plain.weight = nn.Parameter(effective_weight(self.weight, self.mask_words))
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return plain
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as the plain layer does; keep every weight, with a score of 1."""
+        super().reset_parameters()  # type: ignore[misc]
+        self._keep_all()
+
+    def _keep_all(self) -> None:
+        shape, device = self.weight.shape, self.weight.device
+        if 0 in shape:
+            raise ValueError(f"weight must have no empty dimension, got shape {list(shape)}")
+        words = pack_mask(torch.ones(shape, dtype=torch.bool, device=device))
+        if "scores" not in self._parameters or self.scores.device != device:
+            self.scores = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
+            self.register_buffer("mask_words", words)
+            return
+        with torch.no_grad():
+            self.scores.fill_(1)
+            self.mask_words.copy_(words)
+
+    @property
+    def mask(self) -> Tensor:
+        """A fresh bool tensor of the weight's shape, True where kept; assign one to change the mask."""
+        return unpack_mask(self.mask_words, self.weight.shape)
+
+    @mask.setter
+    def mask(self, mask: Tensor) -> None:
+        require_dtype("mask", mask, torch.bool)
+        require_shape("mask", mask, self.weight.shape)
+        self.mask_words.copy_(pack_mask(mask.to(self.mask_words.device)))
+        self._effective = None
+
+    @property
+    def num_kept(self) -> int:
+        """How many weights the mask keeps; waits for the device."""
+        return int(self.mask.sum())
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights removed, in [0, 1]; waits for the device."""
+        return 1 - self.num_kept / self.weight.numel()
+
+    def extra_repr(self) -> str:
+        known = "" if self.mask_words.is_meta else f", sparsity={self.sparsity:.4g}"
+        return super().extra_repr() + known
+
+    def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``weight * mask`` (Eq. 4) in ``dtype``, by default that of a forward pass here and now.
+
+        The tensor is kept, and patched in place by the optimizer: do not write to it. ``torch.compile`` takes
+        a kept one as it is and keeps none: the fastest graph is that of a layer that ran once before.
+        """
+        dtype = dtype or compute_dtype(self.weight)
+        kept = self._effective
+        compiling = torch.compiler.is_compiling()
+        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh()):
+            return kept
+        if compiling:
+            return effective_weight(self.weight, self.mask_words, dtype)
+        # A tensor made in inference mode could be neither saved for a later backward pass nor patched.
+        with torch.inference_mode(False):
+            self._effective = made = effective_weight(self.weight, self.mask_words, dtype)
+        self._built_from = self.weight, self.mask_words
+        self._built_at = _state(self.weight, self.mask_words)
+        return made
+
+    @property
+    def cached_effective_weight(self) -> Tensor | None:
+        """The effective weight to patch in place together with the mask; None if none is kept up to date."""
+        if not self._is_fresh():
+            self._effective = None
+        return self._effective
+
+    def mark_patched(self) -> None:
+        """Say that ``mask_words`` and ``cached_effective_weight`` were just patched to the same new mask."""
+        if self._effective is not None:
+            self._built_at = _state(self.weight, self.mask_words)
+
+    def _is_fresh(self) -> bool:
+        weight, words = self._built_from
+        same = weight is self.weight and words is self.mask_words
+        return same and self._built_at == _state(self.weight, self.mask_words)
+
+    def _kept_or_none(self) -> Tensor | None:
+        """Return what the kernel may use; a weight that is not frozen changes, and is masked anew there."""
+        if self.weight.requires_grad or self.backend not in ("auto", "dense"):
+            return None
+        return self.effective_weight()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._effective = None
+        exact = {id(self.scores), id(self.scores.grad), id(self.mask_words)}
+
+        def moved(tensor: Tensor) -> Tensor:
+            """Apply ``fn``, of which scores and mask take the device only."""
+            result = fn(tensor)
+            same = result.dtype == tensor.dtype and result.stride() == tensor.stride()
+            return result if same or id(tensor) not in exact else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        self._effective = None
+        scores, words = state_dict.get(prefix + "scores"), state_dict.get(prefix + "mask_words")
+        state_dict = dict(state_dict)
+        # With assign=True the tensors themselves become the layer's.
+        if isinstance(scores, Tensor):
+            state_dict[prefix + "scores"] = scores.to(torch.float32).contiguous()
+        if isinstance(words, Tensor) and words.dtype != torch.int32:
+            args[-1].append(
+                f"{prefix}mask_words must be int32, got {str(words.dtype).removeprefix('torch.')}"
+            )
+            state_dict[prefix + "mask_words"] = self.mask_words
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles rebuild the effective weight when they need it.
+        return super().__getstate__() | {"_effective": None, "_built_from": (None, None)}
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """``nn.Linear`` under a mask, with the same arguments: ``x @ (weight * mask).T + bias`` (Eq. 4)."""
+
+    _plain = nn.Linear
+    _arguments = ("in_features", "out_features")
+
+    def forward(self, x: Tensor) -> Tensor:
+        effective = self._kept_or_none()
+        return linear(x, self.weight, self.scores, self.mask_words, effective, self.bias, self.backend)
+
+
+class _MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
+    """The forward pass of every masked convolution."""
+
+    _arguments = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: str | int | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return convolution(
+            x,
+            self.weight,
+            self.scores,
+            self.mask_words,
+            self._kept_or_none(),
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.backend,
+        )
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """``nn.Conv1d`` under a mask, with the same arguments: a convolution with ``weight * mask`` (Eq. 4)."""
+
+    _plain = nn.Conv1d
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """``nn.Conv2d`` under a mask, with the same arguments: a convolution with ``weight * mask`` (Eq. 4)."""
+
+    _plain = nn.Conv2d
+
+
+class MaskedConv3d(_MaskedConv, nn.Conv3d):
+    """``nn.Conv3d`` under a mask, with the same arguments: a convolution with ``weight * mask`` (Eq. 4)."""
+
+    _plain = nn.Conv3d
+
+
+def _blank(kind: type[Any], like: Any, arguments: tuple[str, ...]) -> Any:
+    """Return a layer of another class with the arguments of ``like`` and tensors without memory."""
+    kept = {name: getattr(like, name) for name in arguments}
+    layer = kind(**kept, bias=like.bias is not None, device="meta", dtype=like.weight.dtype)
+    return layer.train(like.training)
+
+
+def _state(weight: Tensor, words: Tensor) -> tuple[int, ...]:
+    """Return what changes when the tensors are written to or given other memory."""
+    # Inference tensors count no versions.
+    return tuple(
+        part for t in (weight, words) for part in (t.data_ptr(), 0 if t.is_inference() else t._version)
+    )

@@ -1,0 +1,123 @@
+"""The masked matmul as an operator and as an autograd function.
+
+The function calls the kernels, not the operator made of them: the way through the dispatcher and back costs a
+small layer more than its matmul, and Inductor or a FLOP counter would see one closed box.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
+from jackpot_kernels.ops.masked import Gradients, once, register, weight_gradients
+
+
+def _dense(
+    x: Tensor, weight: Tensor, words: Tensor, effective_weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if effective_weight is None:
+        effective_weight = make_effective_weight(weight, words, x.dtype)
+    return F.linear(x, effective_weight, bias)
+
+
+def _dense_backward(
+    grad: Tensor,  # [..., M]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [M, K]
+    words: Tensor,
+    effective_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_x, needs_weight, needs_scores, needs_bias = needs
+    rows = grad.reshape(-1, weight.shape[0])  # [N, M]
+    dx = dweight = dscores = None
+    if needs_x:
+        if effective_weight is None:
+            effective_weight = make_effective_weight(weight, words, x.dtype)
+        dx = (rows @ effective_weight).view(x.shape)
+    if needs_weight or needs_scores:
+        grad_weight = rows.t() @ x.reshape(-1, weight.shape[1])  # [M, K]
+        dweight, dscores = weight_gradients(grad_weight, weight, words, needs_weight, needs_scores)
+    return dx, dweight, dscores, rows.sum(0) if needs_bias else None
+
+
+KERNELS = {"dense": (_dense, _dense_backward)}
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    words: Tensor,
+    effective_weight: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Return ``x @ (weight * mask).T + bias`` (Eq. 4).
+
+    Args:
+        x: the dtype it computes in.  # [..., K]
+        weight: any floating dtype.  # [M, K]
+        scores: float32; only its gradient matters here.  # [M, K]
+        words: packed mask, int32.  # [ceil(M * K / 32)]
+        effective_weight: ``weight * mask`` in the dtype of ``x``; made anew where it is None.  # [M, K]
+        bias: the dtype of ``x``.  # [M]
+        backend: a key of ``KERNELS``.
+    """
+    return KERNELS[backend][0](x, weight, words, effective_weight, bias)
+
+
+def masked_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    effective_weight: Tensor | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> Gradients:
+    """Return the gradients of x, weight, scores (Eq. 6, 18) and bias, each where needed, else None."""
+    return KERNELS[backend][1](grad, x, weight, words, effective_weight, needs)
+
+
+class MaskedLinearFunction(torch.autograd.Function):
+    """``masked_linear`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
+
+    # `apply` binds every named argument of `forward` anew at each call, which would cost more than a small matmul.
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return masked_linear(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, words, effective_weight, _, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, words, effective_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, words, effective_weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_scores, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs = (needs_x, needs_weight, needs_scores, needs_bias)
+        backward = KERNELS[ctx.backend][1]
+        with torch.no_grad():
+            grads = backward(grad, x, weight, words, effective_weight, needs)
+        dx, dweight, dscores, dbias = once("masked_linear", grads, grad, x, weight)
+        return dx, dweight, dscores, None, None, dbias, None
+
+
+register(
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor words, Tensor? effective_weight, "
+    "Tensor? bias, str backend) -> Tensor",
+    masked_linear,
+)
+register(
+    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor words, Tensor? effective_weight, "
+    "bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    masked_linear_backward,
+)
+torch.library.register_autograd(
+    "jackpot::masked_linear", MaskedLinearFunction.backward, setup_context=MaskedLinearFunction.setup_context
+)

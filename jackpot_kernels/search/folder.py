@@ -1,0 +1,143 @@
+"""Where a search keeps its log and its checkpoint, so that nothing is lost when it stops."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jackpot_kernels.search.loop import Record, Search
+
+
+class SearchStopped(Exception):
+    """A search was asked to stop, and its checkpoint is saved."""
+
+    def __init__(self, step: int, total_steps: int):
+        super().__init__(f"stopped at step {step} of {total_steps}")
+        self.step, self.total_steps = step, total_steps
+
+
+class SearchFolder:
+    """A folder with a log, one JSON record a line, and a checkpoint, replaced as a whole or not at all."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.log = self.path / "log.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
+
+    def create(self) -> None:
+        """Make the folder, for a new search.
+
+        Raises:
+            FileExistsError: when it already holds a search.
+            OSError: when it cannot be written to.
+        """
+        if self.checkpoint.exists():
+            raise FileExistsError(f"output must be a folder without a search, got {self.path} with one")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.log.write_text("")
+        except OSError as error:
+            raise OSError(
+                f"output must be a folder that can be written to, got {self.path} ({error.strerror})"
+            ) from None
+
+    def write(self, record: Record) -> None:
+        """Append a record to the log; NaN and infinities become null."""
+        with self.log.open("a") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+
+    def records(self) -> list[Record]:
+        """Return what the log holds."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the checkpoint beside the old one, then rename it.
+
+        Raises:
+            OSError: when it cannot be written; the old one is then as it was.
+        """
+        beside = self.checkpoint.with_suffix(".new")
+        try:
+            with beside.open("wb") as file:
+                torch.save({**state, "log_bytes": self.log.stat().st_size}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.checkpoint)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def load(self) -> dict[str, Any]:
+        """Return the checkpoint's state; nothing is unpickled but tensors, numbers and names.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when it is damaged or no checkpoint of a search.
+        """
+        if not self.checkpoint.is_file():
+            raise FileNotFoundError(
+                f"output folder must hold the checkpoint of a search, got {self.path} without"
+            )
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint must be whole, got {self.checkpoint} ({type(error).__name__})"
+            ) from None
+        if not isinstance(state, dict) or not state.keys() >= {"settings", "model", "position", "log_bytes"}:
+            raise ValueError(f"checkpoint must be that of a search, got {self.checkpoint}")
+        return state
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Drop from the log what was written after the checkpoint.
+
+        Raises:
+            ValueError: when the log is shorter than the checkpoint says.
+        """
+        size = self.log.stat().st_size if self.log.is_file() else 0
+        if size < state["log_bytes"]:
+            raise ValueError(f"{self.log} must hold at least {state['log_bytes']} bytes, got {size}")
+        with self.log.open("r+b") as file:
+            file.truncate(state["log_bytes"])
+
+
+def run(
+    search: Search,
+    folder: SearchFolder,
+    *,
+    extra: Mapping[str, Any],
+    watch: Callable[[Record], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Run a search to its end, with a line in the log for each record and a checkpoint each epoch.
+
+    Args:
+        extra: entries that every checkpoint carries besides the state of the search.
+        watch: called with every record, ticks included.
+        should_stop: asked after every record; when true, the checkpoint is saved at this very step.
+
+    Raises:
+        SearchStopped: when ``should_stop`` said so.
+        OSError: when log or checkpoint cannot be written; the last checkpoint is then as it was.
+    """
+    for record in search.run():
+        if record["kind"] != "tick":
+            folder.write(record)
+        watch(record)
+        stop = should_stop() and record["kind"] != "end"
+        if stop or record["kind"] == "epoch":
+            folder.save({**search.state_dict(), **extra})
+        if stop:
+            raise SearchStopped(search.step, search.total_steps)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list) else value

@@ -1,0 +1,29 @@
+import os
+
+# Threads that wait by spinning take the processor from those they wait for when other programs use it too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run; the first one of a test may build or compile, so no example has a deadline.
+settings.register_profile("jackpot", deadline=None, derandomize=True)
+settings.load_profile("jackpot")
+
+torch.set_num_threads(2)
+# Memory that an operator allocates and forgets to write reads as NaN.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

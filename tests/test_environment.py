@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+
+from jackpot_kernels import _extension
+from jackpot_kernels.environment import environment
+
+
+def test_facts_are_those_of_this_process():
+    facts = environment()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["jackpot_kernels"] == facts["extension"]["version"]
+    assert facts["extension"]["digest"] == _extension.source_digest(_extension.CHECKOUT / "csrc")
+    assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert facts["cuda"]["available"] == torch.cuda.is_available()
+    assert set(facts["backends"]) == {"dense", "fused", "reference"}
+    assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize("wish", ["scalar", "abacus"])
+def test_environment_variable_names_the_instruction_set(wish, tmp_path):
+    script = (
+        "import json; from jackpot_kernels.environment import environment; print(json.dumps(environment()))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"JACKPOT_CPU": wish, "PYTHONPATH": str(_extension.CHECKOUT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    capability = json.loads(answer.stdout)["cpu"]["capability"]
+    if wish == "scalar":
+        assert capability == "scalar"
+    else:
+        assert capability.startswith("unknown (RuntimeError: ")
+        assert "abacus" in capability
+
+
+def test_backends_say_where_they_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backends = environment()["backends"]
+    assert backends["dense"] == backends["reference"] == "runs on cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends = environment()["backends"]
+    assert backends["reference"] == "runs on cpu and cuda"
+    built = bool(_extension.build_facts()["cuda_archs"])
+    assert backends["dense"].startswith("runs on cpu and cuda" if built else "runs on cpu, not on cuda: ")
+
+
+def test_failed_probe_leaves_the_others(monkeypatch):
+    def broken():
+        raise OSError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    facts = environment()
+    assert facts["cuda"] == "unknown (OSError: no driver)"
+    assert facts["versions"]["torch"] == torch.__version__
+
+
+def test_missing_package_is_named(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("jackpot_kernels.environment.version", absent)
+    assert environment()["versions"]["triton"] == "not installed"

@@ -1,0 +1,152 @@
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+
+import pytest
+import torch
+
+import jackpot_kernels as jk
+from jackpot_kernels import _extension
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(script: str) -> str:
+    answer = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return answer.stdout
+
+
+@pytest.mark.parametrize("name", jk.__all__)
+def test_public_names_exist_and_are_documented(name):
+    public = getattr(jk, name)
+    if inspect.isroutine(public) or inspect.isclass(public):
+        assert public.__doc__, f"{name} has no docstring"
+
+
+def test_import_is_lean():
+    script = """
+import json, sys
+import torch
+before = set(sys.modules)
+import jackpot_kernels
+print(json.dumps({"cuda": torch.cuda.is_initialized(), "modules": sorted(set(sys.modules) - before)}))
+"""
+    facts = json.loads(python(script))
+    assert not facts["cuda"]
+    loaded = {name.partition(".")[0] for name in facts["modules"]}
+    assert not loaded & {"typer", "rich", "matplotlib", "triton", "sklearn", "jinja2", "pytest"}
+
+
+def test_wheel_serves_every_python():
+    script = """
+import json, setuptools
+from distutils.core import run_setup
+distribution = run_setup("setup.py", ["--quiet"], stop_after="config")
+wheel, build = (distribution.get_command_obj(name) for name in ("bdist_wheel", "build_ext"))
+wheel.ensure_finalized(), build.ensure_finalized()
+filename = build.get_ext_filename("jackpot_kernels._C")
+print(json.dumps([distribution.get_version(), wheel.get_tag()[:2], filename]))
+"""
+    built, tag, filename = json.loads(python(script).splitlines()[-1])
+    assert built == version("jackpot_kernels") == jk.__version__
+    assert tag == ["cp310", "abi3"]
+    assert Path(filename) == Path("jackpot_kernels") / _extension.LIBRARY.name
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_library_uses_only_the_stable_interface():
+    answer = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", _extension.LIBRARY],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    symbols = [line.split()[-1] for line in answer.stdout.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    # Anything C++ of torch is mangled, and its namespaces are at, c10 and torch.
+    assert [symbol for symbol in symbols if re.match(r"_Z.*NK?(2at|3c10|5torch)", symbol)] == []
+    assert b"libpython" not in _extension.LIBRARY.read_bytes()
+
+
+def test_build_facts_name_what_was_built():
+    facts = _extension.build_facts()
+    assert set(facts) == {"version", "digest", "compiler", "torch", "cuda_archs"}
+    assert facts["digest"] == _extension.source_digest(ROOT / "csrc")
+
+
+def refusal() -> str:
+    with pytest.raises(ImportError) as caught:
+        _extension.load()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_extension(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "LIBRARY", tmp_path / "_C.abi3.so")
+    assert refusal() == (
+        f"jackpot_kernels has no compiled extension at {tmp_path / '_C.abi3.so'}: "
+        f"run `pip install --no-build-isolation -e .` in {ROOT}"
+    )
+    monkeypatch.setattr(_extension, "CHECKOUT", tmp_path)
+    assert "run `pip install --no-build-isolation .` in a checkout" in refusal()
+
+
+def test_extension_that_is_no_library(monkeypatch, tmp_path):
+    foreign = tmp_path / "_C.abi3.so"
+    foreign.write_bytes(b"not a library")
+    monkeypatch.setattr(_extension, "LIBRARY", foreign)
+    assert refusal().startswith(f"the compiled extension {foreign} cannot be loaded (")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda csrc: (csrc / "ops.cpp").write_text("// edited\n"),
+        lambda csrc: (csrc / "new.h").write_text(""),
+        lambda csrc: (csrc / "order.h").rename(csrc / "orders.h"),
+        lambda csrc: (csrc / "order.h").unlink(),
+    ],
+)
+def test_stale_sources(monkeypatch, tmp_path, change):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(_extension, "CHECKOUT", tmp_path)
+    (tmp_path / "csrc" / "notes.txt").write_text("no source")
+    _extension.load()
+    change(tmp_path / "csrc")
+    assert refusal() == (
+        f"the compiled extension is stale, {tmp_path / 'csrc'} has changed since: "
+        f"run `pip install --no-build-isolation -e .` in {tmp_path}"
+    )
+
+
+def test_stale_version(monkeypatch):
+    monkeypatch.setattr(_extension, "version", lambda name: "99.0")
+    assert f"stale, built for {jk.__version__} and not 99.0: run `pip install" in refusal()
+
+
+def test_package_that_is_not_installed(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_extension, "version", absent)
+    assert refusal().startswith("jackpot_kernels is on the path but not installed: run `pip install")
+
+
+@pytest.mark.parametrize("old", ["2.9.1+cpu", "1.13.0", "2.9.0a0+git123"])
+def test_old_torch(monkeypatch, old):
+    monkeypatch.setattr(torch, "__version__", old)
+    assert refusal() == f"jackpot_kernels needs torch >= 2.10, got {old}: run `pip install 'torch>=2.10'`"
+
+
+def test_console_script_and_type_marker():
+    (script,) = entry_points(group="console_scripts", name="jackpot")
+    assert script.value == "jackpot_kernels.cli:main"
+    assert (ROOT / "jackpot_kernels" / "py.typed").is_file()

@@ -1,0 +1,81 @@
+"""Thresholds, exactly, against a sort in NumPy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jackpot_kernels import reference, threshold
+
+KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "few values": lambda rng, n: rng.integers(-2, 3, n) / 4,
+    "two values": lambda rng, n: np.where(rng.random(n) < 0.1, 1.0, 0.99),
+    "all equal": lambda rng, n: np.full(n, 0.99),
+    "signed zeros": lambda rng, n: np.where(rng.random(n) < 0.5, 0.0, -0.0),
+    "infinities": lambda rng, n: rng.choice([-np.inf, 0.5, np.inf], n),
+    "NaN": lambda rng, n: np.where(rng.random(n) < 0.3, np.nan, rng.standard_normal(n)),
+    "adjacent": lambda rng, n: 1 + rng.integers(0, 9, n) * 2.0**-23,
+    "sorted": lambda rng, n: np.sort(rng.standard_normal(n)),
+}
+
+
+def check(values: list[np.ndarray], num_kept: list[int], joint: bool) -> None:
+    tensors = [torch.from_numpy(v) for v in values]
+    value, index = threshold(tensors, torch.tensor(num_kept), joint)
+    segments = [np.concatenate(values)] if joint else values
+    for i, (segment, kept) in enumerate(zip(segments, num_kept, strict=True)):
+        wanted, position = oracle.threshold(segment, kept)
+        assert int(index[i]) == position
+        assert np.float32(wanted).tobytes() == value[i].numpy().tobytes()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    kind=st.sampled_from(sorted(KINDS)),
+    joint=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equals_a_sort(sizes: list[int], kind: str, joint: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = [KINDS[kind](rng, n).astype(np.float32) for n in sizes]
+    counts = [sum(sizes)] if joint else sizes
+    check(values, [int(rng.integers(1, n + 1)) for n in counts], joint)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 1.0])
+def test_layers_of_many_tiles(kind: str, share: float) -> None:
+    rng = np.random.default_rng(0)
+    values = [KINDS[kind](rng, n).astype(np.float32) for n in (300_007, 4096, 4097)]
+    check(values, [max(1, int(share * v.size)) for v in values], joint=False)
+    check(values, [int(share * sum(v.size for v in values))], joint=True)
+
+
+def test_reference_agrees() -> None:
+    values = [torch.randint(0, 50, (n,)).float() for n in (1, 77, 5000)]
+    kept = torch.tensor([1, 7, 500])
+    assert all(map(torch.equal, threshold(values, kept), reference.threshold(values, kept)))
+
+
+def test_refuses_what_does_not_fit() -> None:
+    values = [torch.ones(3), torch.ones(4)]
+    with pytest.raises(ValueError, match=r"num_kept must be in \[1, 4\], got 5"):
+        threshold(values, torch.tensor([1, 5]))
+    with pytest.raises(ValueError, match=r"num_kept must be in \[1, 7\], got 0"):
+        threshold(values, torch.tensor([0]), joint=True)
+    with pytest.raises(ValueError, match=r"num_kept must have shape \[2\], got \[1\]"):
+        threshold(values, torch.tensor([1]))
+    with pytest.raises(TypeError, match="values must be float32, got float64"):
+        threshold([torch.ones(3).double()], torch.tensor([1]))
+    with pytest.raises(ValueError, match="at least one tensor"):
+        threshold([], torch.tensor([]))
+
+
+def test_operator_passes_opcheck() -> None:
+    values = [torch.randn(5), torch.randn(40)]
+    torch.library.opcheck(torch.ops.jackpot.threshold, (values, torch.tensor([2, 3]), False))
