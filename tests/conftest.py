@@ -3,9 +3,9 @@ import os
 # Threads that wait by spinning take the processor from those they wait for when other programs use it too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 # The same examples in every run; the first one of a test may build or compile, so no example has a deadline.
 settings.register_profile("jackpot", deadline=None, derandomize=True)

@@ -34,7 +34,7 @@ LAYERS = {
 
 def masked_of(plain):
     """Return the masked layer of a copy of ``plain``, with a random mask and random scores."""
-    layer = {kind: masked for kind, masked in PAIRS}[type(plain)].from_dense(copy.deepcopy(plain))
+    layer = dict(PAIRS)[type(plain)].from_dense(copy.deepcopy(plain))
     layer.mask = torch.rand(layer.weight.shape) < 0.4
     with torch.no_grad():
         layer.scores.copy_(torch.randn(layer.scores.shape))
@@ -189,6 +189,7 @@ def test_a_wrong_mask_changes_nothing(layer, mask, error, message):
     assert str(caught.value) == message and torch.equal(layer.mask, before)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_errors(layer):
     with pytest.raises(TypeError, match=r"module must be an nn.Conv2d, got Linear"):
         MaskedConv2d.from_dense(nn.Linear(2, 2))
@@ -462,27 +463,17 @@ def test_functional_call(layer):
     assert torch.equal(layer(x), layer.to_dense()(x))
 
 
-def compiled_gradient(model, x, backend):
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-
-    def run():
-        return torch.autograd.grad(compiled(x).square().sum(), [layer.scores for layer in model[::2]])
-
-    return run
-
-
 @pytest.mark.parametrize("warm", [True, False])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_in_one_graph_and_follows_patches(backend, warm):
+def test_compiles_in_one_graph_and_follows_patches(warm):
     convolution = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
     model = nn.Sequential(masked_of(convolution), nn.ReLU(), masked_of(nn.Conv2d(6, 3, 3)))
     x = torch.randn(2, 4, 6, 6)
     if warm:
         model(x)
-    run = compiled_gradient(model, x, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):
-        grads = run()
+        grads = torch.autograd.grad(compiled(x).square().sum(), [layer.scores for layer in model[::2]])
         assert all((layer.cached_effective_weight is not None) == warm for layer in model[::2])
         other = copy.deepcopy(model)
         wanted = torch.autograd.grad(other(x).square().sum(), [layer.scores for layer in other[::2]])

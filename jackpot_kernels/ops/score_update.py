@@ -43,6 +43,8 @@ def score_update_(
     torch.ops.jackpot.score_update_(
         scores, momenta, grads, masks, hyper, control, found_inf, workspace, joint
     )
+    # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+    torch.autograd.graph.increment_version((*scores, *momenta))
 
 
 @torch.library.register_fake("jackpot::score_update_")

@@ -71,9 +71,12 @@ def swap_(
         RuntimeError: a dtype, layout or length does not fit.
     """
     require_choice("pairs", pairs, PAIRS)
-    return torch.ops.jackpot.swap_(
+    stats = torch.ops.jackpot.swap_(
         scores, masks, weights, effective, num_kept, schedule, control, joint, pairs, seed, workspace
     )
+    # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+    torch.autograd.graph.increment_version((*masks, *effective))
+    return stats
 
 
 @torch.library.register_fake("jackpot::swap_")
