@@ -13,9 +13,7 @@ from jackpot_kernels import reference
 
 def exact_step(state: State, gradients: Sequence[Tensor]) -> Tensor:
     """Take one step as the reference defines it, bit for bit, and return the swaps' statistics."""
-    reference.score_update_(
-        state.scores, state.momenta, gradients, state.hyper, state.control
-    )
+    reference.score_update_(state.scores, state.momenta, gradients, state.hyper, state.control)
     return _reference_swap(state)
 
 
@@ -70,9 +68,9 @@ def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 def authors_step(state: State, gradients: Sequence[Tensor]) -> Call:
     """Return the sequence of operations of the authors' program, whose masks are float32.
 
-    SGD; then for each layer a sort of all scores for the threshold, ``nonzero`` for the candidates, ``argsort``
-    of both lists, the chosen positions as Python lists, and assignments by them. Only where scores tie at the
-    threshold does it part from the definition: there the two lists have different lengths, and the shorter
+    SGD; then for each layer a sort of all scores for the threshold, ``nonzero`` for the candidates,
+    ``argsort`` of both lists, the chosen positions as Python lists, and assignments by them. It parts from
+    the definition only where scores tie at the threshold: the lists then differ in length, and the shorter
     one counts.
     """
     masks = [

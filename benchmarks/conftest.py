@@ -1,6 +1,5 @@
 """What the benchmarks share: the networks, a search in the middle of its way, and how long to measure."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from benchmarks.harness import THREADS
 from benchmarks.searches import Search
-from benchmarks.shapes import NETWORKS, TINY
+from benchmarks.shapes import NETWORKS, TINY, Shape
 from jackpot_kernels.environment import environment
 
 
@@ -16,23 +15,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny networks and few rounds: a rehearsal")
 
 
+def _networks(config: pytest.Config) -> dict[str, list[Shape]]:
+    return TINY if config.getoption("--quick") else NETWORKS
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "mid_search" in metafunc.fixturenames:
-        networks = TINY if metafunc.config.getoption("--quick") else NETWORKS
+        networks = _networks(metafunc.config)
         metafunc.parametrize("mid_search", networks.values(), ids=networks, indirect=True, scope="session")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["environment"] = environment()
-    machine_info["quick"] = config.getoption("--quick")
+    machine_info["networks"] = list(_networks(config))
+    machine_info["command"] = "python -m benchmarks" + (" --quick" if config.getoption("--quick") else "")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+def pytest_configure(config: pytest.Config) -> None:
+    # A rehearsal measures nothing, and one thread is not slowed down by whoever else computes.
+    torch.set_num_threads(1 if config.getoption("--quick") else THREADS)
 
 
 @pytest.fixture

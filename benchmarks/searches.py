@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,11 @@ class State:
     control: Tensor  # [3]
 
     def copy(self) -> "State":
-        values = (getattr(self, field.name) for field in fields(self))
-        return State(*([t.clone() for t in v] if isinstance(v, list) else v.clone() for v in values))
+        return deepcopy(self)
 
 
 class Search:
-    """``SRPopup`` over layers of the given shapes, at 90 %, with gradients made up, after ``WARM_STEPS`` steps.
+    """``SRPopup`` at 90 % over layers of the given shapes, after ``WARM_STEPS`` steps of made-up gradients.
 
     As in training, a score gradient is in proportion to its weight, and has a part that stays and a part that
     is new at every step. Weights are Gaussian with He's deviation.

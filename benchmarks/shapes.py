@@ -1,6 +1,7 @@
 """Weight shapes, layer by layer, of the networks of the paper."""
 
 import math
+from itertools import pairwise
 
 Shape = tuple[int, ...]
 
@@ -23,7 +24,7 @@ def resnet32(width: int = 32) -> list[Shape]:
 def vgg19() -> list[Shape]:
     """CIFAR VGG-19: sixteen convolutions and one linear layer."""
     widths = [3] + [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
-    return [(after, before, 3, 3) for before, after in zip(widths, widths[1:], strict=False)] + [(10, 512)]
+    return [(after, before, 3, 3) for before, after in pairwise(widths)] + [(10, 512)]
 
 
 def resnet50() -> list[Shape]:
@@ -52,5 +53,7 @@ NETWORKS = {
     "VGG-19": _checked(vgg19(), 17, 20_024_000),
     "ResNet-50": _checked(resnet50(), 54, 25_502_912),
 }
+# The one whose training step is timed.
+TRAINED = "ResNet-32 x2"
 # Sizes that are no multiple of 32 among them; a run on these proves the machinery and measures nothing.
-TINY = {"tiny": [(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)]}
+TINY: dict[str, list[Shape]] = {"tiny": [(8, 3, 3, 3), (16, 8, 3, 3), (10, 16)]}

@@ -160,7 +160,7 @@ def linear(
         )
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
-        return reference.masked_linear(x, weight.to(x.dtype), scores, mask, bias)
+        return reference.masked_linear(x, weight, scores, mask, bias)
     y: Tensor = linear_op.MaskedLinearFunction.apply(
         x, weight, scores, words, effective_weight, bias, backend
     )
@@ -193,7 +193,7 @@ def convolution(
     window = (stride, _one_each("padding", padding, spatial), dilation, groups)
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
-        y = reference.masked_conv(x, weight.to(x.dtype), scores, mask, bias, *window)
+        y = reference.masked_conv(x, weight, scores, mask, bias, *window)
     else:
         y = conv_op.MaskedConvFunction.apply(
             x, weight, scores, words, effective_weight, bias, *window, backend

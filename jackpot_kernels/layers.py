@@ -115,36 +115,39 @@ class MaskedLayer(nn.Module):
         The tensor is kept, and patched in place by the optimizer: do not write to it. ``torch.compile`` takes
         a kept one as it is and keeps none: the fastest graph is that of a layer that ran once before.
         """
-        dtype = dtype or compute_dtype(self.weight)
-        kept = self._effective
+        weight, words, kept = self.weight, self.mask_words, self._effective
+        dtype = dtype or compute_dtype(weight)
         compiling = torch.compiler.is_compiling()
-        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh()):
+        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh(weight, words)):
             return kept
         if compiling:
-            return effective_weight(self.weight, self.mask_words, dtype)
+            return effective_weight(weight, words, dtype)
         # A tensor made in inference mode could be neither saved for a later backward pass nor patched.
         with torch.inference_mode(False):
-            self._effective = made = effective_weight(self.weight, self.mask_words, dtype)
-        self._built_from = self.weight, self.mask_words
-        self._built_at = _state(self.weight, self.mask_words)
+            self._effective = made = effective_weight(weight, words, dtype)
+        self._built_from, self._built_at = (weight, words), _state(weight, words)
         return made
 
     @property
     def cached_effective_weight(self) -> Tensor | None:
         """The effective weight to patch in place together with the mask; None if none is kept up to date."""
-        if not self._is_fresh():
+        if self._effective is not None and not self._is_fresh(*self._sources()):
             self._effective = None
         return self._effective
 
     def mark_patched(self) -> None:
         """Say that ``mask_words`` and ``cached_effective_weight`` were just patched to the same new mask."""
         if self._effective is not None:
-            self._built_at = _state(self.weight, self.mask_words)
+            # At every step and layer: the module's own way of setting an attribute takes ten times as long.
+            self.__dict__["_built_at"] = _state(*self._sources())
 
-    def _is_fresh(self) -> bool:
-        weight, words = self._built_from
-        same = weight is self.weight and words is self.mask_words
-        return same and self._built_at == _state(self.weight, self.mask_words)
+    def _sources(self) -> tuple[Tensor, Tensor]:
+        """Return weight and mask words, read past the module's slower way of finding them."""
+        return self.__dict__["_parameters"]["weight"], self.__dict__["_buffers"]["mask_words"]
+
+    def _is_fresh(self, weight: Tensor, words: Tensor) -> bool:
+        old_weight, old_words = self._built_from
+        return weight is old_weight and words is old_words and self._built_at == _state(weight, words)
 
     def _kept_or_none(self) -> Tensor | None:
         """Return what the kernel may use; a weight that is not frozen changes, and is masked anew there."""
@@ -257,7 +260,8 @@ def _blank(kind: type[Any], like: Any, arguments: tuple[str, ...]) -> Any:
 
 def _state(weight: Tensor, words: Tensor) -> tuple[int, ...]:
     """Return what changes when the tensors are written to or given other memory."""
-    # Inference tensors count no versions.
-    return tuple(
-        part for t in (weight, words) for part in (t.data_ptr(), 0 if t.is_inference() else t._version)
-    )
+    return weight.data_ptr(), _version(weight), words.data_ptr(), _version(words)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

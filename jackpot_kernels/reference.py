@@ -238,7 +238,7 @@ def masked_linear(
     x: Tensor, weight: Tensor, scores: Tensor, mask: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """``x @ (weight * mask).T + bias`` (Eq. 4) with the straight-through gradient of the scores (Eq. 6)."""
-    return F.linear(x, StraightThrough.apply(weight, scores, mask), bias)
+    return F.linear(x, StraightThrough.apply(weight, scores, mask).to(x.dtype), bias)
 
 
 def masked_conv(
@@ -253,6 +253,6 @@ def masked_conv(
     groups: int = 1,
 ) -> Tensor:
     """Convolution of one, two or three dimensions with ``weight * mask`` (Eq. 4, 6)."""
-    effective = StraightThrough.apply(weight, scores, mask)
+    effective = StraightThrough.apply(weight, scores, mask).to(x.dtype)
     no_output_padding = (0,) * (x.dim() - 2)
     return torch.convolution(x, effective, bias, stride, padding, dilation, False, no_output_padding, groups)

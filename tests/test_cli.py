@@ -399,8 +399,8 @@ def test_weights_of_another_network_are_refused(tmp_path):
     save_file(DigitsNet(width=8).state_dict(), tmp_path / "b.safetensors")
     (tmp_path / "c.safetensors").write_bytes(b"no weights")
     for name, sentence in (
-        ("a", "with 'features.0.0.weight' in the model only"),
-        ("b", "'features.0.0.weight' must be [4, 1, 3, 3], got [8, 1, 3, 3]"),
+        ("a", "must have the names of the model's state dict, got 'features.0.0.weight' missing"),
+        ("b", "'features.0.0.weight' that of [4, 1, 3, 3], got [8, 1, 3, 3]"),
         ("c", "weights must be a safetensors file"),
     ):
         weights = tmp_path / f"{name}.safetensors"
@@ -421,7 +421,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
             "source must be the output folder of a search or a jackpot file",
         ),
         (["export", "{}/jackpot.safetensors", "--dense", "a"], "model must be given with a jackpot file"),
-        (["export", "{}", "--dense", "a", "--model", "digits"], "model must be the network of the search"),
+        (["export", "{}", "--dense", "a", "--model", "digits"], "must have the shapes of the model"),
         (["export", "{}", "--dense", "{}/no/such/folder"], "No such file or directory"),
     ],
 )

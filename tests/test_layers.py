@@ -21,14 +21,14 @@ EVERY_OPTION = {
     "padding_mode": "circular",
 }
 LAYERS = {
-    "linear": (nn.Linear(13, 7), (5, 13)),
-    "linear without bias": (nn.Linear(13, 7, bias=False), (2, 3, 13)),
-    "conv1d": (nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 9)),
-    "conv2d": (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
-    "every option": (nn.Conv2d(4, 6, (3, 2), **EVERY_OPTION), (2, 4, 9, 8)),
-    "channels_last": (nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 7, 5)),
-    "unbatched": (nn.Conv2d(4, 6, 3, padding_mode="reflect", padding=1), (4, 7, 5)),
-    "conv3d": (nn.Conv3d(2, 4, 2, padding=(0, 1, 1), padding_mode="replicate"), (2, 2, 3, 4, 5)),
+    "linear": (lambda: nn.Linear(13, 7), (5, 13)),
+    "linear without bias": (lambda: nn.Linear(13, 7, bias=False), (2, 3, 13)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 7, 5)),
+    "every option": (lambda: nn.Conv2d(4, 6, (3, 2), **EVERY_OPTION), (2, 4, 9, 8)),
+    "channels_last": (lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), (2, 4, 7, 5)),
+    "unbatched": (lambda: nn.Conv2d(4, 6, 3, padding_mode="reflect", padding=1), (4, 7, 5)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2, padding=(0, 1, 1), padding_mode="replicate"), (2, 2, 3, 4, 5)),
 }
 
 
@@ -42,14 +42,15 @@ def masked_of(plain):
 
 
 @pytest.fixture(params=LAYERS)
-def case(request):
+def case(request, seed):
     """A plain layer, its masked copy and an input."""
-    plain, shape = LAYERS[request.param]
-    return copy.deepcopy(plain), masked_of(plain), torch.randn(shape)
+    make, shape = LAYERS[request.param]
+    plain = make()
+    return plain, masked_of(plain), torch.randn(shape)
 
 
 @pytest.fixture
-def layer():
+def layer(seed):
     return masked_of(nn.Conv2d(4, 6, 3))
 
 
@@ -132,8 +133,7 @@ def test_unfrozen_weight_and_bias_learn_under_the_mask(case):
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [2, "same"])
 def test_padding_modes_match_closed_form(dims, mode, padding):
-    plain, masked = CONVS[dims]
-    layer = masked(4, 6, 3, padding=padding, dilation=2, groups=2, padding_mode=mode)
+    layer = CONVS[dims][1](4, 6, 3, padding=padding, dilation=2, groups=2, padding_mode=mode)
     layer.mask = torch.rand(layer.weight.shape) < 0.5
     x = torch.randn(2, 4, *(6, 5, 4)[:dims], requires_grad=True)
     y = layer(x)
@@ -265,6 +265,25 @@ def test_stale_effective_weight_is_not_marked_fresh(layer):
     assert layer.cached_effective_weight is None
     layer.mark_patched()
     assert_fresh(layer)
+
+
+def test_a_new_weight_in_old_memory_is_noticed(layer):
+    with torch.no_grad():
+        old = layer.weight.mul_(1)
+    layer.effective_weight()
+    new = nn.Parameter(old.data, requires_grad=False)
+    while new._version < old._version:
+        new.mul_(2)
+    layer.weight = new
+    assert_fresh(layer)
+
+
+def test_score_gradient_is_not_copied(layer):
+    """The gradient that the kernel made becomes ``scores.grad``, with no second buffer."""
+    made = []
+    layer.scores.register_hook(lambda grad: made.append(grad.data_ptr()))
+    layer(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert made == [layer.scores.grad.data_ptr()]
 
 
 def test_patching_between_forward_and_backward_is_caught(layer):

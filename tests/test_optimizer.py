@@ -358,6 +358,17 @@ def test_the_scaler_skips_a_step_that_overflowed():
     assert_equal(snapshot(model, optimizer), before, ignore=["control"])
 
 
+def test_a_found_inf_skips_the_step_though_its_own_gradients_are_finite():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=2)
+    before = snapshot(model, optimizer)
+    plant_gradients(model, 0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_equal(snapshot(model, optimizer), before, ignore=["control"])
+
+
 # What a step reports and refuses.
 
 
@@ -540,7 +551,8 @@ BAD_ARGUMENTS = [
     ({"ramp": "square"}, ValueError, "ramp must be one of cubic, linear"),
     ({"ramp_end": 0}, ValueError, "ramp_end must be in .0, 1., got 0"),
     ({"swap_every": 0}, ValueError, "swap_every must be at least 1, got 0"),
-    ({"seed": -1}, ValueError, "seed must be an int in .0, 2..63., got -1"),
+    ({"seed": -1}, ValueError, "seed must be in .0, 2..63., got -1"),
+    ({"seed": 0.5}, TypeError, "seed must be an int, got float"),
     ({"final_sparsity": 1.0}, ValueError, "final_sparsity must be in .0, 1., got 1.0"),
     ({"final_sparsity": math.nan}, ValueError, "final_sparsity must be in .0, 1., got nan"),
     ({"final_sparsity": "0.9"}, TypeError, "final_sparsity must be a number or a dict of counts, got str"),
@@ -706,11 +718,13 @@ BAD_STATES = [
     (("search", "seed"), None, "state_dict must come from SRPopup"),
     (("search", "scope"), "global", "state_dict must have scope layer, got global"),
     (("search", "total_steps"), 15, "state_dict must have total_steps 14, got 15"),
+    (("search", "seed"), -1, "seed must be in .0, 2..63., got -1"),
+    (("search", "table"), [], "table of state_dict must be a tensor .* got list"),
     (("search", "pairs"), "worst", "pairs of state_dict must be one of"),
     (
         ("search", "table"),
         torch.zeros(13, 2, dtype=torch.float64),
-        "table of state_dict must be torch.float64 of shape",
+        r"table of state_dict must be a tensor torch.float64 \[14, 2\], got torch.float64 \[13, 2\]",
     ),
     (
         ("search", "table"),
@@ -718,7 +732,7 @@ BAD_STATES = [
         "state_dict must hold rates in .0, 1.",
     ),
     (("search", "control"), torch.tensor([15, 0, 0]), "and a step within them, got step 15"),
-    (("search", "control"), torch.zeros(3), "control of state_dict must be torch.int64 of shape"),
+    (("search", "control"), torch.zeros(3), "control of state_dict must be a tensor torch.int64"),
     (("search", "num_kept"), torch.tensor([[9, 9], [999, 9]]), "num_kept of state_dict must fit the layers"),
     (("search", "num_kept"), torch.tensor([[9, 9], [9, 10]]), "num_kept of state_dict must fit the layers"),
     (("search", "num_kept"), torch.tensor([[9, 9], [9, 0]]), "num_kept of state_dict must fit the layers"),
@@ -729,11 +743,11 @@ BAD_STATES = [
         r"must hold \(group, layer\) \(0, 'block.1'\), got \(0, 'head'\)",
     ),
     (("param_groups", 0, "step_scale"), None, "groups of state_dict must hold step_scale, got one without"),
-    (("state", 0), None, "momentum_buffer 0 must have shape .33, 8., got None"),
+    (("state", 0), None, r"momentum_buffer 0 must be a tensor torch.float32 \[33, 8\], got NoneType"),
     (
         ("state", 0, "momentum_buffer"),
         torch.zeros(8, 33),
-        "momentum_buffer 0 must have shape .33, 8., got .8, 33.",
+        r"momentum_buffer 0 must be a tensor .* got torch.float32 \[8, 33\]",
     ),
 ]
 

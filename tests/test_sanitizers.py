@@ -1,4 +1,4 @@
-"""The compiled CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer, on the tests of their bits."""
+"""The compiled CPU operators under AddressSanitizer and UBSan, on the tests of their bits."""
 
 import os
 import shutil

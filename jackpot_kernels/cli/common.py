@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jackpot_kernels.cli import EXTRAS, missing_extra
+from jackpot_kernels.cli import is_extra, missing_extra
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,9 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        if not is_extra(error):
             raise
-        fail(missing_extra(error.name))
+        fail(missing_extra(error))
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except (TypeError, ValueError) as error:
@@ -84,7 +84,7 @@ def resolve(option: str, name: str, known: Mapping[str, str]) -> Any:
     try:
         return function()
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        if isinstance(error, ModuleNotFoundError) and is_extra(error):
             raise
         fail(
             f"{option} must be a callable that needs no argument and succeeds, got {name!r} ({_told(error)})"
@@ -112,21 +112,15 @@ def load_weights(model: "nn.Module", path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from jackpot_kernels.search.state import load_exactly
+
     try:
         loaded = load_file(path)
     except FileNotFoundError:
         fail(f"weights must be an existing file, got {path}")
     except (SafetensorError, OSError) as error:
         fail(f"weights must be a safetensors file, got {path} ({error})")
-    wanted = model.state_dict()
-    for key in [*wanted, *loaded]:
-        if key not in loaded or key not in wanted:
-            where = "the model" if key in wanted else "the file"
-            fail(f"weights must have the names of the model, got {path} with {key!r} in {where} only")
-        if loaded[key].shape != wanted[key].shape:
-            shapes = f"{list(wanted[key].shape)}, got {list(loaded[key].shape)}"
-            fail(f"weights must have the shapes of the model: {key!r} must be {shapes} in {path}")
-    model.load_state_dict(loaded)
+    load_exactly(f"weights of {path}", model, loaded)
 
 
 def build_data(name: str) -> "tuple[Dataset, Dataset]":

@@ -43,14 +43,12 @@ def _from_folder(folder: Path, model: str | None) -> "tuple[nn.Module, str | Non
     """Return the masked network of a search, and where it came from."""
     from jackpot_kernels.convert import convert
     from jackpot_kernels.search.folder import SearchFolder
+    from jackpot_kernels.search.state import load_exactly
 
     state = SearchFolder(folder).load()
-    name = model or state["model_name"]
+    name = model or state["names"]["model"]
     network = convert(build_model(name))
-    try:
-        network.load_state_dict(state["model"])
-    except RuntimeError as error:
-        fail(f"model must be the network of the search in {folder}, got {name!r} ({error})")
+    load_exactly(f"model in {folder}", network, state["model"])
     return network, name
 
 

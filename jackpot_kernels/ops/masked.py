@@ -28,9 +28,8 @@ def choose_backend(backend: str, available: Collection[str]) -> str:
     if backend == "reference" or backend in available:
         return backend
     require_choice("backend", backend, BACKENDS)
-    raise ValueError(
-        f"backend must be one that can run here ({', '.join(available)}), got {backend!r}: no Triton kernel"
-    )
+    names = ", ".join(("auto", *available, "reference"))
+    raise ValueError(f"backend must be one of {names} here, got {backend!r}: its Triton kernels are missing")
 
 
 def weight_gradients(

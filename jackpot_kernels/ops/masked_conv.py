@@ -51,7 +51,7 @@ def _dense_backward(
     if effective_weight is None:
         effective_weight = make_effective_weight(weight, words, x.dtype)
     stride, padding, dilation, groups = geometry
-    dx, grad_weight, dbias = torch.ops.aten.convolution_backward(
+    dx, grad_weight, dbias = torch.ops.aten.convolution_backward.default(
         grad,
         x,
         effective_weight,
@@ -123,7 +123,7 @@ def masked_conv_backward(
 class MaskedConvFunction(torch.autograd.Function):
     """``masked_conv`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
 
-    # `apply` binds every named argument of `forward` anew at each call, which would cost more than a small matmul.
+    # `apply` binds every named argument of `forward` at each call, which can cost more than the matmul.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return masked_conv(*inputs)

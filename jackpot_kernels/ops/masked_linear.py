@@ -86,7 +86,7 @@ def masked_linear_backward(
 class MaskedLinearFunction(torch.autograd.Function):
     """``masked_linear`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
 
-    # `apply` binds every named argument of `forward` anew at each call, which would cost more than a small matmul.
+    # `apply` binds every named argument of `forward` at each call, which can cost more than the matmul.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return masked_linear(*inputs)

@@ -78,9 +78,7 @@ class SearchFolder:
             ValueError: when it is damaged or no checkpoint of a search.
         """
         if not self.checkpoint.is_file():
-            raise FileNotFoundError(
-                f"output folder must hold the checkpoint of a search, got {self.path} without"
-            )
+            raise FileNotFoundError(f"output must hold the checkpoint of a search, got {self.path} without")
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -20,6 +20,7 @@ from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.search.evaluation import evaluate, require_fit
 from jackpot_kernels.search.optimizer import SRPopup
 from jackpot_kernels.search.settings import SearchSettings
+from jackpot_kernels.search.state import load_exactly
 
 Record = dict[str, Any]
 
@@ -133,10 +134,7 @@ class Search:
         """
         if SearchSettings(**state["settings"]) != self.settings:
             raise ValueError("settings of the state must be those of the search, got others")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"state must be of this network, got another one: {error}") from None
+        load_exactly("state of the search", self.model, state["model"])
         self._start = {name: words.to(self.device) for name, words in state["start"].items()}
         for name, layer in masked_layers(self.model).items():
             layer.scores.requires_grad_(name in self._start)

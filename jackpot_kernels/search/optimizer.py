@@ -96,8 +96,7 @@ class SRPopup(torch.optim.Optimizer):
     ) -> None:
         require_choice("scope", scope, SCOPES)
         require_choice("pairs", pairs, PAIRS)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
+        _require_seed(seed)
         rates, ramps = rate_table(schedule, total_steps), ramp_table(ramp, total_steps, ramp_end)
         layers = _searchable_layers(model)
         if params is None:
@@ -323,19 +322,16 @@ class SRPopup(torch.optim.Optimizer):
             if search[key] != own[key]:
                 raise ValueError(f"state_dict must have {key} {own[key]}, got {search[key]}")
         require_choice("pairs of state_dict", search["pairs"], PAIRS)
+        _require_seed(search["seed"])
         _require_same_groups(state_dict, self.param_groups)
         for key in ("table", "num_kept", "control"):
-            if search[key].shape != own[key].shape or search[key].dtype != own[key].dtype:
-                shape, other = tuple(own[key].shape), tuple(search[key].shape)
-                raise ValueError(
-                    f"{key} of state_dict must be {own[key].dtype} of shape {shape}, got {other}"
-                )
+            _require_alike(f"{key} of state_dict", search[key], own[key])
         sizes = torch.tensor([scores.numel() for scores in self._scores])
         sizes = sizes.sum(0, keepdim=True) if self._joint else sizes  # [S]
         first, last = search["num_kept"].cpu().unbind(1)
-        table, steps = search["table"], int(search["control"][0])
         if not bool(((last >= 1) & (last <= first) & (first <= sizes)).all()):
             raise ValueError(f"num_kept of state_dict must fit the layers, got {search['num_kept'].tolist()}")
+        table, steps = search["table"], int(search["control"][0])
         if not 0 <= steps <= own["total_steps"] or not bool(((table >= 0) & (table <= 1)).all()):
             raise ValueError(f"state_dict must hold rates in [0, 1] and a step within them, got step {steps}")
 
@@ -349,11 +345,9 @@ class SRPopup(torch.optim.Optimizer):
 
     def _found_inf(self) -> Tensor | None:
         found_inf = getattr(self, "found_inf", None)
-        return (
-            None
-            if found_inf is None
-            else torch.as_tensor(found_inf, dtype=torch.float32, device=self._device)
-        )
+        if found_inf is None:
+            return None
+        return torch.as_tensor(found_inf, dtype=torch.float32, device=self._device)
 
     def _write_hyper(self) -> None:
         """Write the rows that the update reads, unless they stand there already.
@@ -381,6 +375,13 @@ class SRPopup(torch.optim.Optimizer):
             self._group_hyper[:, 4] = grad_scale.double().reciprocal()
             self._scaled = True
         torch.index_select(self._group_hyper, 0, self._group_of_layer, out=self._hyper)
+
+
+def _require_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
 
 
 def _searchable_layers(model: nn.Module) -> dict[str, MaskedLayer]:
@@ -501,13 +502,15 @@ def _require_same_groups(state_dict: Mapping[str, Any], own_groups: list[dict[st
             raise ValueError(f"groups of state_dict must hold {key}, got one without")
     indices = [index for group in groups for index in group["params"]]
     scores = [scores for group in own_groups for scores in group["params"]]
-    for index, own_scores in zip(indices, scores, strict=True):
-        buffer = state.get(index, {}).get("momentum_buffer")
-        shape = None if buffer is None else tuple(buffer.shape)
-        if shape != tuple(own_scores.shape):
-            raise ValueError(
-                f"momentum_buffer {index} must have shape {tuple(own_scores.shape)}, got {shape}"
-            )
+    for index, own in zip(indices, scores, strict=True):
+        _require_alike(f"momentum_buffer {index}", state.get(index, {}).get("momentum_buffer"), own)
+
+
+def _require_alike(name: str, value: Any, like: Tensor) -> None:
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    wanted = f"{like.dtype} {list(like.shape)}"
+    if got != wanted:
+        raise ValueError(f"{name} must be a tensor {wanted}, got {got}")
 
 
 def _places(groups: list[dict[str, Any]]) -> list[tuple[int, str]]:

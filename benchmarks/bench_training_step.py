@@ -1,0 +1,64 @@
+"""The training step of ResNet-32 of double width under search: forward, backward, ``SRPopup.step``."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+import jackpot_kernels as jk
+from benchmarks.checks import require_close
+from benchmarks.harness import MAX_ROUNDS, Call, contest
+from benchmarks.resnet32 import ResNet32
+from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
+from benchmarks.shapes import TRAINED
+
+
+@pytest.mark.parametrize("network", [TRAINED])
+def bench_training_step(benchmark: BenchmarkFixture, network: str, quick: bool, budget_s: float) -> None:
+    """Against the same network trained densely by ``torch.optim.SGD``, fused and foreach."""
+    torch.manual_seed(0)
+    batch = 4 if quick else 64
+    x, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    dense = ResNet32(8 if quick else 32)
+    searched = jk.convert(deepcopy(dense))
+    jk.initialize(searched, SPARSITY)
+    require_same_gradients(searched, x, labels)
+
+    optimizer = jk.SRPopup(searched, LR, MOMENTUM, WEIGHT_DECAY, total_steps=2 * MAX_ROUNDS)
+    others = {
+        f"{kind} SGD": training_step(twin := deepcopy(dense), _sgd(twin, kind), x, labels)
+        for kind in ("fused", "foreach")
+    }
+    contest(benchmark, training_step(searched, optimizer, x, labels), others, budget_s=6 * budget_s)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> Call:
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _sgd(model: nn.Module, kind: str) -> torch.optim.Optimizer:
+    switch: Mapping[str, bool] = {kind: True}
+    return torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, **switch)
+
+
+def require_same_gradients(searched: nn.Module, x: Tensor, labels: Tensor) -> None:
+    """Check output and score gradients against a plain network that holds ``weight * mask`` (Eq. 6)."""
+    twin, plain = deepcopy(searched), jk.finalize(deepcopy(searched)).requires_grad_()
+    layers = {name: layer for name, layer in jk.masked_layers(twin).items() if layer.scores.requires_grad}
+    outputs, expected = twin(x), plain(x)
+    require_close("output", [outputs], [expected])
+    scores = [layer.scores for layer in layers.values()]
+    weights = [plain.get_parameter(f"{name}.weight") for name in layers]
+    got = torch.autograd.grad(F.cross_entropy(outputs, labels), scores)
+    gradients = torch.autograd.grad(F.cross_entropy(expected, labels), weights)
+    wanted = [g * layer.weight for g, layer in zip(gradients, layers.values(), strict=True)]
+    require_close("score gradient", got, wanted)
