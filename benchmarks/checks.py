@@ -22,7 +22,7 @@ def require_close(name: str, got: Sequence[Tensor], expected: Sequence[Tensor]) 
     """Check that tensors are equal but for rounding."""
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-6):
-            raise AssertionError(f"{name} {i} must be close, but differs by {float((a - b).abs().max())}")
+            raise AssertionError(f"{name} {i} must be close, but differs by {(a - b).abs().max().item()}")
 
 
 def require_same_state(got: State, expected: State) -> None:

@@ -126,7 +126,7 @@ def make_rows(entries: Iterable[Entry], networks: Sequence[str]) -> list[Row]:
     for figure in FIGURES:
         for network in [figure.network] if figure.network else networks:
             entry = _require(found, (figure.bench, network))
-            over, under = _fastest(entry, figure.over), _fastest(entry, figure.under)
+            over, under = fastest(entry, figure.over), fastest(entry, figure.under)
             low, _, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)])
             rows.append(Row(figure.title, figure.target, network, ratio(over, under), (low, high)))
     for title, target, fact in BYTES:
@@ -142,7 +142,8 @@ def _require(mapping: Mapping[Any, Any], key: Any) -> Any:
     return mapping[key]
 
 
-def _fastest(entry: Entry, contenders: Sequence[str]) -> list[float]:
+def fastest(entry: Entry, contenders: Sequence[str]) -> list[float]:
+    """Return the times of the contender with the lowest median."""
     times = [_require(entry.seconds, contender) for contender in contenders]
     if any(len(t) < 2 for t in times):
         raise ValueError(f"{entry.bench} on {entry.network} must have two rounds at least, got {times}")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import jackpot_kernels as jk
 from jackpot_kernels.cli import main
 from jackpot_kernels.cli.app import app
+from jackpot_kernels.cli.common import choose_device
 from jackpot_kernels.data import digits
 from jackpot_kernels.models import DigitsNet
 from jackpot_kernels.search.folder import SearchFolder
@@ -357,6 +358,14 @@ def test_search_wants_model_and_data(tmp_path):
     assert "data must be digits or module:callable" in search(tmp_path, "--model", "digits", expect=2).stderr
 
 
+def test_search_on_a_gpu_wants_kernels_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("jackpot_kernels._extension.build_facts", lambda: {"cuda_archs": []})
+    assert choose_device("meta").type == "meta"
+    assert choose_device("auto", search=True).type == "cpu"
+    result = search(tmp_path / "out", *PLAIN, "--device", "meta", expect=2)
+    assert "device must be cpu where the extension was built without CUDA kernels" in result.stderr
+
+
 def test_output_must_be_writable(tmp_path):
     (tmp_path / "file").write_text("")
     result = search(tmp_path / "file/out", *PLAIN, *TINY, expect=2)
@@ -414,7 +423,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
             ["evaluate", "{}/jackpot.safetensors", "--model", "digits", "--data", "digits"],
             "features.0.0.weight",
         ),
-        (["evaluate", "absent", *PLAIN], "absent"),
+        (["evaluate", "absent", *PLAIN], "file must be a jackpot file, got absent"),
         (["export", "{}"], "give --jackpot FILE, --dense FILE or both, got neither"),
         (
             ["export", "absent", "--dense", "a"],
@@ -422,7 +431,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ),
         (["export", "{}/jackpot.safetensors", "--dense", "a"], "model must be given with a jackpot file"),
         (["export", "{}", "--dense", "a", "--model", "digits"], "must have the shapes of the model"),
-        (["export", "{}", "--dense", "{}/no/such/folder"], "No such file or directory"),
+        (["export", "{}", "--dense", "{}/no/such"], "dense must be a path that can be written to, got"),
+        (["export", "{}", "--jackpot", "{}/no/such"], "jackpot must be a path that can be written to"),
+        (["demo", "--output", "{}/log.jsonl"], "output must be a path that can be written to, got"),
     ],
 )
 def test_bad_files_are_one_sentence(arguments, sentence, finished):

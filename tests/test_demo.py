@@ -10,9 +10,19 @@ import jackpot_kernels as jk
 from jackpot_kernels.cli import comparison
 from jackpot_kernels.cli.app import app
 from jackpot_kernels.cli.comparison import DENSE, METHODS, OURS, SPARSITIES, Comparison
-from jackpot_kernels.data import digits
+from jackpot_kernels.data import Batches, digits
 from jackpot_kernels.models import DigitsNet, digits_net
+from jackpot_kernels.search.loop import initialize_masks
 from jackpot_kernels.search.settings import SearchSettings
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread, as the demo does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +89,7 @@ def test_searches_differ_by_their_method_alone(demo, monkeypatch):
     assert len(seen) == c.total_epochs == 4
 
 
-def test_random_scores_rank_as_their_mask(monkeypatch):
-    from jackpot_kernels.data import Batches
-    from jackpot_kernels.search.loop import initialize_masks
-
+def test_random_scores_rank_as_their_mask():
     settings = SearchSettings(random_scores=True, sparsity=0.9)
     model, warm = jk.convert(digits_net()), jk.convert(digits_net())
     initialize_masks(model, settings, Batches(digits()[0], 64, torch.device("cpu")))
@@ -93,11 +100,10 @@ def test_random_scores_rank_as_their_mask(monkeypatch):
         assert layer.num_kept == jk.masked_layers(warm)[name].num_kept
 
 
-def test_sr_popup_at_90_percent_is_within_a_point_of_dense(monkeypatch):
+def test_sr_popup_at_90_percent_is_within_a_point_of_dense(monkeypatch, one_thread):
     monkeypatch.setattr(comparison, "SPARSITIES", (0.9,))
     monkeypatch.setattr(comparison, "SEARCHES", {OURS: comparison.SEARCHES[OURS]})
-    settings = SearchSettings(epochs=20, batch_size=64)
-    search = Comparison(digits(), settings, dense_epochs=20, seeds=1, watch=lambda text: None)
+    search = Comparison(digits(), comparison.SETTINGS, dense_epochs=20, seeds=1, watch=lambda text: None)
     accuracy = {run.method: run.accuracy for run, _ in search.run()}
     assert accuracy[DENSE] > 0.98
     assert accuracy[OURS] > accuracy[DENSE] - 0.01

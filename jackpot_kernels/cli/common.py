@@ -45,15 +45,24 @@ def one_sentence() -> Iterator[None]:
         fail(str(error))
 
 
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turn a failure to write what an option names into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"{option} must be a path that can be written to, got {path} ({error.strerror or error})")
+
+
 def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table with its first column to the left and the others to the right."""
+    """Print a table, its figures to the right; without a header it is a list of names and values."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if name and i else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
@@ -133,17 +142,26 @@ def build_data(name: str) -> "tuple[Dataset, Dataset]":
     return as_dataset(pair[0], "training data"), as_dataset(pair[1], "test data")
 
 
-def choose_device(name: str) -> "torch.device":
-    """Return the device; "auto" is CUDA where there is one."""
+def choose_device(name: str, *, search: bool = False) -> "torch.device":
+    """Return the device; "auto" is CUDA where there is one that can do the work.
+
+    Args:
+        search: the work needs the compiled kernels for the device, and not only torch.
+    """
     import torch
 
+    from jackpot_kernels._extension import build_facts
+
+    without_kernels = search and not build_facts()["cuda_archs"]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not without_kernels else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"device must be one that torch can use here, got {name!r}")
+    if device.type != "cpu" and without_kernels:
+        fail(f"device must be cpu where the extension was built without CUDA kernels, got {name!r}")
     return device
 
 

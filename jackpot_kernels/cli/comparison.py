@@ -29,6 +29,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "edge-popup, warm start": {"schedule": "constant"},
     OURS: {"schedule": "quartic"},
 }
+# Every search gets what the better of the two magnitude rows gets: statistics of the network as it is pruned.
+SETTINGS = SearchSettings(epochs=20, batch_size=128, normalization="recalibrate", log_every=1)
 METHODS = (DENSE, MAGNITUDE, RECALIBRATED, *SEARCHES)
 
 

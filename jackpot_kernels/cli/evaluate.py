@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jackpot_kernels.cli.common import build_data, build_model, choose_device, one_sentence, print_table
+from jackpot_kernels.cli.common import build_data, build_model, choose_device, fail, one_sentence, print_table
 
 
 def evaluate(
@@ -21,6 +21,8 @@ def evaluate(
         from jackpot_kernels.files import load_jackpot
         from jackpot_kernels.search import evaluation
 
+        if not file.is_file():
+            fail(f"file must be a jackpot file, got {file}, which does not exist")
         place = choose_device(device)
         network = build_model(model)
         info = load_jackpot(file, network)

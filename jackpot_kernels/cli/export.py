@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jackpot_kernels.cli.common import build_model, fail, one_sentence, write_beside
+from jackpot_kernels.cli.common import build_model, fail, one_sentence, write_beside, writing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,14 +28,15 @@ def export(
 
         network, name = _from_folder(source, model) if source.is_dir() else _from_file(source, model)
         if jackpot is not None:
-            save_jackpot(network, jackpot, source=name)
+            with writing("jackpot", jackpot):
+                save_jackpot(network, jackpot, source=name)
             typer.echo(jackpot)
         if dense is not None:
             plain = finalize(network) if masked_layers(network) else network
             # Copies, because safetensors refuses tensors that share memory.
-            write_beside(
-                dense, save({key: tensor.contiguous().clone() for key, tensor in plain.state_dict().items()})
-            )
+            state = {key: tensor.contiguous().clone() for key, tensor in plain.state_dict().items()}
+            with writing("dense", dense):
+                write_beside(dense, save(state))
             typer.echo(dense)
 
 

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jackpot_kernels.cli.common import (
     DATA,
@@ -112,7 +112,7 @@ def _resumed(context: typer.Context, state: dict[str, Any]) -> "tuple[SearchSett
 def _build(settings: "SearchSettings", names: Names, weights: Path | None, device: str) -> "Search":
     from jackpot_kernels.search.loop import Search
 
-    place = choose_device(device)
+    place = choose_device(device, search=True)
     train, test = build_data(names["data"])
     return Search(build_model(names["model"], weights), train, test, settings, place)
 
@@ -120,20 +120,16 @@ def _build(settings: "SearchSettings", names: Names, weights: Path | None, devic
 @contextmanager
 def _progress(search: "Search") -> Iterator[Callable[["Record"], None]]:
     """Show a progress bar and yield what it watches records with."""
-    columns = (
-        TextColumn("epoch {task.fields[epoch]}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    epochs, figures = search.settings.epochs, {"loss": "", "accuracy": "", "swaps": ""}
+    epochs, steps = search.settings.epochs, search.steps_per_epoch
+    figures: dict[str, str] = {}
 
-    with Progress(*columns, console=stderr()) as bar:
-        task = bar.add_task(
-            "", total=search.total_steps, completed=search.step, epoch=f"0/{epochs}", figures=""
-        )
+    def text(step: int) -> str:
+        epoch = min(step // steps + 1, epochs)
+        return "  ".join([f"epoch {epoch}/{epochs}", *figures.values()])
+
+    columns = (BarColumn(bar_width=12), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("left"), console=stderr()) as bar:
+        task = bar.add_task(text(search.step), total=search.total_steps, completed=search.step)
 
         def watch(record: "Record") -> None:
             if record["kind"] == "step":
@@ -141,9 +137,7 @@ def _progress(search: "Search") -> Iterator[Callable[["Record"], None]]:
                 figures["swaps"] = f"swaps {record['granted']} of {record['proposed']}"
             elif record["kind"] == "epoch":
                 figures["accuracy"] = f"accuracy {record['test_accuracy']:.2%}"
-                bar.update(task, epoch=f"{record['epoch']}/{epochs}")
-            text = "  ".join(text for text in figures.values() if text)
-            bar.update(task, completed=record["step"], figures=text)
+            bar.update(task, completed=record["step"], description=text(record["step"]))
 
         yield watch
 

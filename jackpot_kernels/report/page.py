@@ -13,7 +13,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Table(NamedTuple):
-    """Cells as text; the last row is the one to look at."""
+    """Cells as text; the first column stands to the left."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]

@@ -86,9 +86,7 @@ def plot_loss(start: Mapping[str, Any], epochs: Records, path: Path) -> Figure:
         losses = [e["test_loss"] for e in [start, *epochs]]
         axes.plot([0, *numbers], losses, color=BLUE, label="masked, test")
         axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+        _label_decades(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return Figure(path, "Loss by epoch, on a logarithmic scale.")
 
@@ -141,27 +139,28 @@ def plot_layers(layers: Sequence[Mapping[str, Any]], path: Path) -> Figure:
 def plot_methods(
     methods: Mapping[str, Mapping[float, tuple[float, float]]], dense: tuple[float, float], path: Path
 ) -> Figure:
-    """Plot accuracy against sparsity, a line for each method.
+    """Plot test errors against sparsity, on a logarithmic scale, a line for each method.
 
     Args:
         methods: for each name, mean and deviation of the accuracy by sparsity, in [0, 1].
         dense: mean and deviation of the dense network.
     """
-    with _axes(path) as axes:
-        axes.axhline(100 * dense[0], color=GREY, linestyle="--", label="dense")
+    with _axes(path, legend_columns=2) as axes:
+        axes.axhline(100 * (1 - dense[0]), color=GREY, linestyle="--", label="dense")
         looks = cycle(zip((GREY, YELLOW, ORANGE, GREEN, BLUE), "vsD^o", strict=True))
         for (name, scores), (colour, marker) in zip(methods.items(), looks, strict=False):
-            levels = list(scores)
-            means, deviations = ([100 * score[i] for score in scores.values()] for i in (0, 1))
-            places = range(len(levels))
-            axes.errorbar(places, means, deviations, color=colour, marker=marker, capsize=3, label=name)
-        axes.set_xticks(range(len(levels)), [f"{level:.0%}" for level in levels])
-        axes.set(xlabel="sparsity of the masked layers", ylabel="test accuracy (%)", ylim=(0, 102))
-    return Figure(path, "Test accuracy at the last epoch, mean and standard deviation over the seeds.")
+            errors = [100 * (1 - accuracy) for accuracy, _ in scores.values()]
+            deviations = [100 * deviation for _, deviation in scores.values()]
+            places = range(len(errors))
+            axes.errorbar(places, errors, deviations, color=colour, marker=marker, capsize=3, label=name)
+        axes.set_xticks(places, [f"{sparsity:.0%}" for sparsity in scores])
+        axes.set(xlabel="sparsity of the masked layers", ylabel="test error (%)", yscale="log")
+        _label_decades(axes)
+    return Figure(path, "Test error at the last epoch, mean and standard deviation over the seeds.")
 
 
 @contextmanager
-def _axes(path: Path, **figure: Any) -> Iterator[Axes]:
+def _axes(path: Path, *, legend_columns: int = 3, **figure: Any) -> Iterator[Axes]:
     """Give axes to draw on, and save them as a PNG with the legend above."""
     with plt.rc_context(_STYLE):
         drawing, axes = plt.subplots(layout="constrained", **figure)
@@ -169,10 +168,17 @@ def _axes(path: Path, **figure: Any) -> Iterator[Axes]:
             yield axes
             names = len(axes.get_legend_handles_labels()[1])
             if names:
-                drawing.legend(loc="outside upper left", ncols=min(names, 3))
+                drawing.legend(loc="outside upper left", ncols=min(names, legend_columns))
             drawing.savefig(path)
         finally:
             plt.close(drawing)
+
+
+def _label_decades(axes: Axes) -> None:
+    """Label a logarithmic scale with plain numbers at 1, 2 and 5 of each decade."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _percent(records: Records, key: str) -> list[float]:
