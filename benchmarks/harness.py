@@ -1,6 +1,7 @@
 """Fair timing: contenders take turns round by round in one process, each from cold caches."""
 
 import gc
+import os
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ def contest(
     """Time ``others`` and ``ours`` in turn; each time is taken after the caches were written over.
 
     Times of ``ours`` are those of pytest-benchmark; those of the others stand beside it, round for round, in
-    ``extra_info["others"]``, in seconds.
+    ``extra_info["others"]``, in seconds; ``extra_info["disturbance"]`` says how busy other programs kept the
+    processors meanwhile, and is None where the system does not tell.
 
     Args:
         budget_s: about how long to go on, for at least ``MIN_ROUNDS`` and at most ``MAX_ROUNDS`` rounds.
@@ -54,13 +56,18 @@ def contest(
         times.clear()
     gc.collect()
     gc.disable()
+    wall, busy = perf_counter(), _others_busy_s()
     try:
         benchmark.pedantic(
             ours, setup=time_others, rounds=min(max(rounds, MIN_ROUNDS), MAX_ROUNDS), iterations=1
         )
     finally:
         gc.enable()
+    wall, busy_after = perf_counter() - wall, _others_busy_s()
     benchmark.extra_info["others"] = seconds
+    benchmark.extra_info["disturbance"] = (
+        None if busy is None or busy_after is None else max(0.0, busy_after - busy) / wall
+    )
 
 
 def ratio(over: list[float], under: list[float]) -> float:
@@ -72,6 +79,18 @@ def ratio(over: list[float], under: list[float]) -> float:
     if not over or not under:
         raise ValueError(f"times must be there on both sides, got {len(over)} and {len(under)}")
     return statistics.median(over) / statistics.median(under)
+
+
+def _others_busy_s() -> float | None:
+    """Return the processor seconds that other programs have used since the machine started."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    ticks = user + nice + system + irq + softirq + steal
+    own = os.times()
+    return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def flush_caches() -> None:

@@ -44,6 +44,8 @@ FIGURES = (
         TRAINED,
     ),
 )
+# Processors that other programs may keep busy during a contest before its figures are called disturbed.
+DISTURBANCE = 0.1
 # Title, target and the fact that bench_state tells.
 BYTES = (
     ("state, bytes per weight", "<= 16.25", "state"),
@@ -68,6 +70,7 @@ class Row(NamedTuple):
     network: str
     value: float
     quartiles: tuple[float, float] | None
+    disturbed: bool = False
 
     @property
     def margin(self) -> float:
@@ -79,7 +82,8 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         spread = f" ({self.quartiles[0]:.3g}–{self.quartiles[1]:.3g})" if self.quartiles else ""
-        return f"{self.value:.4g}{spread}" + ("" if self.margin >= 1 else " **not met**")
+        verdict = "" if self.margin >= 1 else " **not met**"
+        return f"{self.value:.4g}{spread}{verdict}" + (" (disturbed)" if self.disturbed else "")
 
 
 def write_report(raw: Path, results: Path = RESULTS) -> Path:
@@ -128,7 +132,8 @@ def make_rows(entries: Iterable[Entry], networks: Sequence[str]) -> list[Row]:
             entry = _require(found, (figure.bench, network))
             over, under = fastest(entry, figure.over), fastest(entry, figure.under)
             low, _, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)])
-            rows.append(Row(figure.title, figure.target, network, ratio(over, under), (low, high)))
+            disturbed = (entry.facts.get("disturbance") or 0) > DISTURBANCE
+            rows.append(Row(figure.title, figure.target, network, ratio(over, under), (low, high), disturbed))
     for title, target, fact in BYTES:
         for network in networks:
             value = _require(_require(found, ("bench_state", network)).facts, fact)
@@ -170,12 +175,19 @@ def _times_table(entries: Iterable[Entry]) -> str:
             contender,
             f"{statistics.median(t) * 1e3:.3f}",
             str(len(t)),
+            _busy(entry),
         ]
         for entry in entries
         if len(entry.seconds) > 1
         for contender, t in entry.seconds.items()
     ]
-    return _markdown(["benchmark", "network", "contender", "median, ms", "rounds"], lines)
+    return _markdown(["benchmark", "network", "contender", "median, ms", "rounds", "others busy"], lines)
+
+
+def _busy(entry: Entry) -> str:
+    """Return how many processors other programs kept busy meanwhile."""
+    disturbance = entry.facts.get("disturbance")
+    return "unknown" if disturbance is None else f"{disturbance:.2f}"
 
 
 def _facts(run: Mapping[str, Any], entries: Iterable[Entry]) -> str:
@@ -189,10 +201,12 @@ def _facts(run: Mapping[str, Any], entries: Iterable[Entry]) -> str:
         "commit": commit["id"] + (" with changes" if commit["dirty"] else ""),
         "date": run["datetime"],
         "command": f"`{machine['command']}`",
+        "disturbed": f"other programs kept more than {DISTURBANCE} processors busy meanwhile",
     } | environment["versions"]
     for entry in entries:
         if entry.bench == "bench_search_step":
-            facts |= {f"{fact}, {entry.network}": f"{value:.4g}" for fact, value in entry.facts.items()}
+            for fact in ("swaps proposed", "layers scanned again"):
+                facts[f"{fact}, {entry.network}"] = f"{_require(entry.facts, fact):.4g}"
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,25 @@ def test_rows_say_when_a_target_is_missed(target, value, met):
     row = report.Row("figure", target, "network", value, (value, value))
     assert ("**not met**" not in str(row)) == met
     assert str(row).startswith(f"{value:g} ")
+
+
+def test_rows_say_when_others_computed_meanwhile(rehearsal):
+    run = json.loads((rehearsal / "results.json").read_text())
+    for busy, disturbed in ((2 * report.DISTURBANCE, True), (report.DISTURBANCE / 2, False), (None, False)):
+        for benchmark in run["benchmarks"]:
+            benchmark["extra_info"]["disturbance"] = busy
+        rows = report.make_rows(report.read_entries(run), ["tiny"])
+        assert [row.disturbed for row in rows if row.quartiles] == [disturbed] * len(report.FIGURES)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_other_programs_are_noticed(clockless):
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            harness.contest(clockless, lambda: time.sleep(0.2), {"idle": lambda: None}, budget_s=0)
+        finally:
+            other.kill()
+    assert clockless.extra_info["disturbance"] > report.DISTURBANCE
 
 
 def test_the_fastest_of_the_contenders_counts():

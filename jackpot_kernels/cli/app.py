@@ -2,6 +2,7 @@
 
 import typer
 
+from jackpot_kernels.cli.bench import bench
 from jackpot_kernels.cli.demo import demo
 from jackpot_kernels.cli.env import env
 from jackpot_kernels.cli.evaluate import evaluate
@@ -15,5 +16,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, search, evaluate, export, env):
+for command in (demo, search, evaluate, export, bench, env):
     app.command()(command)
