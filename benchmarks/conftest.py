@@ -26,7 +26,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info["environment"] = environment()
+    facts = environment()
+    facts["extension"].pop("path", None)  # tells of one machine's folders only
+    machine_info["environment"] = facts
     machine_info["networks"] = list(_networks(config))
     machine_info["command"] = "python -m benchmarks" + (" --quick" if config.getoption("--quick") else "")
 
