@@ -4,7 +4,8 @@ import itertools
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -146,6 +147,7 @@ class SRPopup(torch.optim.Optimizer):
         self._hyper = torch.zeros(len(layers), 5, device=device)  # [L, 5]
         self._scaled = False
         self._stats = torch.zeros(len(self._search["num_kept"]), 5, dtype=torch.int64)  # [S, 5]
+        self._captured_stats = self._stats  # where a captured step writes them
         self._words: list[Tensor] = []
         self._versions: list[int] = []
         self._calls = self.steps
@@ -202,6 +204,32 @@ class SRPopup(torch.optim.Optimizer):
         self._watch(words)
         self._calls += 1
         return loss
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Let a CUDA graph capture ``step``, which then runs only by ``prepare_replay`` and a replay.
+
+        Settings are written to the device beforehand, where a captured step reads them.
+        """
+        self._write_hyper()
+        calls, stats = self._calls, self._stats
+        try:
+            yield
+            self._captured_stats = self._stats
+        finally:
+            self._calls, self._stats = calls, stats
+
+    def prepare_replay(self) -> None:
+        """Do what ``step`` does on the host, for a captured step that is replayed next.
+
+        Raises:
+            RuntimeError: as ``step`` does; nothing has changed then.
+        """
+        self._require_steps_left()
+        self._require_same_layers()
+        self._write_hyper()
+        self._stats = self._captured_stats
+        self._calls += 1
 
     def stats(self) -> dict[str, SwapStats]:
         """Return what the last step did to each layer, or under the key "global" to all in the global scope.
@@ -369,7 +397,7 @@ class SRPopup(torch.optim.Optimizer):
                 lr = 0.0
             rows.append((lr * step_scale, momentum, weight_decay, float(nesterov), 1.0))
         grad_scale = getattr(self, "grad_scale", None)
-        outdated = rows != self._group_rows or self._scaled
+        outdated = rows != self._group_rows or (self._scaled and grad_scale is None)
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:
