@@ -32,8 +32,8 @@ std::vector<UpdateLayer> make_layers(const Device& device, const Tensors& scores
 void update(const Tensors scores, const Tensors momenta, const Tensors grads, const Tensors masks,
             const Tensor hyper, Tensor control, std::optional<Tensor> found_inf,
             std::optional<Tensor> workspace, bool joint) {
-  const Device device(control);
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
+  const Device device(scores[0]);
   const std::vector<UpdateLayer> layers = make_layers(device, scores, momenta, grads, masks);
   STD_TORCH_CHECK(hyper.numel() == static_cast<int64_t>(5 * layers.size()), "hyper must be [layers, 5]");
   UpdateTable table = {};

@@ -76,8 +76,8 @@ SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& m
 Tensor swapped(const Tensors scores, const Tensors masks, const Tensors weights, const Tensors effective,
                const Tensor num_kept, const Tensor schedule, const Tensor control, bool joint,
                const std::string pairs, int64_t seed, std::optional<Tensor> workspace) {
-  const Device device(control);
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
+  const Device device(scores[0]);
   const int64_t segments = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(masks.size() == scores.size(), "masks must have one entry a layer");
   STD_TORCH_CHECK(weights.size() == effective.size() && (weights.empty() || weights.size() == masks.size()),

@@ -28,7 +28,7 @@ inline void check(cudaError_t error) {
 // The device of a tensor, made current, and torch's stream on it.
 class Device {
  public:
-  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+  explicit Device(const Tensor& tensor) : index_(index_of(tensor)), guard_(index_) {
     // The runtime linked into this library keeps a current device of its own.
     check(cudaSetDevice(index_));
     void* stream = nullptr;
@@ -43,7 +43,7 @@ class Device {
 
   void require_here(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index_, name,
-                    " must be on the scores' device, cuda:", index_);
+                    " must be on one device with the others, cuda:", index_);
   }
 
   template <class T>
@@ -60,6 +60,11 @@ class Device {
   }
 
  private:
+  static int32_t index_of(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cuda(), "tensors must be on a CUDA device, like the others");
+    return tensor.get_device_index();
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   Launch launch_ = {};

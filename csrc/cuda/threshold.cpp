@@ -8,8 +8,8 @@ namespace jackpot {
 namespace {
 
 std::tuple<Tensor, Tensor> thresholds(const Tensors values, const Tensor num_kept, bool joint) {
-  const Device device(num_kept);
   const std::vector<int64_t> sizes = segment_sizes(values, joint);
+  const Device device(values[0]);
   const int64_t segments = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(num_kept.numel() == segments, "num_kept must have one entry a segment");
   std::vector<ThresholdLayer> layers;
