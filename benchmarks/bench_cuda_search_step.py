@@ -1,7 +1,7 @@
 """The search step on a GPU: ``python -m benchmarks.bench_cuda_search_step`` prints a table and stores it.
 
 Times are medians of rounds in which all contenders take turns, each after the L2 cache was written over. CUDA
-events stand around the replay of a graph, or around the call of a contender that waits for the host. The floor
+events stand around the replay of a graph, or the call of a contender that waits for the host. The floor
 is the bytes that an update must move at the copy bandwidth measured in the same run.
 """
 

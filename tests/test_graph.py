@@ -52,23 +52,39 @@ def test_scales_the_loss():
     assert all(map(torch.equal, ours.state_dict().values(), plain.state_dict().values()))
 
 
-def test_host_work_around_a_capture():
-    """What happens on the host while a step is captured and replayed, without a graph in between."""
-    model = make_network()
-    optimizer = jk.SRPopup(model, total_steps=3)
+def captured_step(model, optimizer):
     optimizer.zero_grad()
     with optimizer.capturing():
         loss_fn(model, *batch(0)).backward()
         optimizer.step()
-        captured = optimizer._stats
+        return optimizer._stats
+
+
+def test_host_work_around_a_capture_and_a_replay():
+    """Without a graph in between, a capture takes a step and a replay none."""
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    captured = captured_step(model, optimizer)
     assert optimizer.stats()["conv"].proposed == 0  # nothing has been replayed yet
+    assert optimizer.is_captured
     optimizer.param_groups[0]["lr"] = 0.25
-    optimizer.prepare_replay()
-    assert optimizer._stats is captured and optimizer._hyper[0, 0] == 0.25
+    before = model.conv.mask_words._version
+    with optimizer.replaying():
+        assert optimizer._hyper[0, 0] == 0.25
+    assert optimizer._stats is captured and optimizer.is_captured
+    assert model.conv.mask_words._version > before
     optimizer._calls = 3
     optimizer._search["control"][0] = 3
-    with pytest.raises(RuntimeError, match="got one more"):
-        optimizer.prepare_replay()
+    with pytest.raises(RuntimeError, match="got one more"), optimizer.replaying():
+        raise AssertionError("must not come here")
+
+
+def test_notices_effective_weights_that_a_graph_does_not_know():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    captured_step(model, optimizer)
+    model.conv.effective_weight(torch.float64)
+    assert not optimizer.is_captured
 
 
 def test_refuses_no_warm_up():

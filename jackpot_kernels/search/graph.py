@@ -18,7 +18,7 @@ class GraphedStep:
     Each call takes exactly one step, with the bits that the same step has without a graph. The first
     ``warm_up`` calls run step by step, as do those on a CPU and those whose inputs have other shapes than the
     captured ones, such as the last batch of an epoch. Learning rates and other settings of the optimizer may
-    change from call to call.
+    change from call to call; masks or effective weights that others change lead to a new capture.
 
     Args:
         optimizer: of the model that ``compute`` runs; no other gradients than its own are cleared.
@@ -48,6 +48,8 @@ class GraphedStep:
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Take a step and return what ``compute`` returned, detached; the loss is that before the step."""
+        if self._graph is not None and not self._optimizer.is_captured:
+            self._graph, self._left = None, 1
         if self._graph is None and self._left == 0 and all(x.is_cuda for x in inputs):
             self._capture(inputs)
         if self._graph is not None and _layout(inputs) == _layout(self._inputs):
@@ -96,10 +98,10 @@ class GraphedStep:
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._graph is not None
-        self._optimizer.prepare_replay()
-        for to, x in zip(self._inputs, inputs, strict=True):
-            to.copy_(x, non_blocking=True)
-        self._graph.replay()
+        with self._optimizer.replaying():
+            for to, x in zip(self._inputs, inputs, strict=True):
+                to.copy_(x, non_blocking=True)
+            self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
 
 
