@@ -142,7 +142,7 @@ class Search:
     with_workspace: bool = True
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
-    rate: float | None = None
+    rates: float | Sequence[float] | None = None
     found_inf: Sequence[float] = ()
     hyper: tuple[float, ...] = (0.1, 0.9, 5e-4, 0, 1)
     cold: int = field(default=0, init=False)
@@ -164,7 +164,8 @@ class Search:
         self.num_kept = torch.stack([kept, last], 1)
         total = len(self.grads)
         u = torch.arange(1, total + 1, dtype=torch.float64) / total
-        rates = (1 - u) ** 4 if self.rate is None else torch.full_like(u, self.rate)
+        rates = (1 - u) ** 4 if self.rates is None else torch.tensor(self.rates, dtype=torch.float64)
+        rates = rates.expand(total)
         self.schedule = torch.stack([rates, (1 - 2 * u).clamp(min=0) ** 3], 1)
         self.rows = torch.tensor([self.hyper] * len(self.scores))
         self.rows[-1, 0] *= 0.5  # a learning rate of its own
@@ -293,7 +294,18 @@ def test_ties_and_lists_that_overflow(replay: Callable[[Message], bytes], joint:
     large = torch.rand(40_000) < 0.5  # half of it crosses the threshold: more than a list can hold
     noise = [[torch.randn(40_000)] for _ in range(6)]
     scores = [torch.where(large, 1.0, 0.99)]
-    assert run_search(replay, Search(scores, [large], noise, rate=1e-18), Launch()) >= 2
+    assert run_search(replay, Search(scores, [large], noise, rates=1e-18), Launch()) >= 2
+
+
+def test_lists_that_end_too_early(replay: Callable[[Message], bytes]) -> None:
+    """Few swaps let the lists end near their first ranks; many that follow need what lies beyond."""
+    numel, steps = 20_000, 24
+    mask = torch.rand(numel) < 0.3
+    scores = torch.where(mask, 1.0, 0.99) + 0.02 * torch.randn(numel)
+    grads = [[0.002 * torch.randn(()) + 0.02 * torch.randn(numel)] for _ in range(steps)]
+    rates = [1e-18, 1e-18, 0.05, 1e-18, 1e-18, 0.2, 1e-18, 0.1] * (steps // 8)
+    search = Search([scores], [mask], grads, rates=rates, hyper=(0.1, 0.5, 0, 0, 1))
+    assert run_search(replay, search, Launch()) < steps
 
 
 def test_without_workspace(replay: Callable[[Message], bytes]) -> None:
@@ -314,4 +326,4 @@ def test_swaps_of_any_scores(replay: Callable[[Message], bytes], kind: str, join
         scores = [torch.from_numpy(draw_scores(rng, kind, n)) for n in sizes]
         masks = [torch.from_numpy(draw_mask(rng, n)) for n in sizes]
         grads = [[torch.empty(0)] * len(sizes)] * 3
-        run_search(replay, Search(scores, masks, grads, None, joint, pairs, rate=rate), Launch())
+        run_search(replay, Search(scores, masks, grads, None, joint, pairs, rates=rate), Launch())
