@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+HOST_EXECUTION := $(wildcard tests/cuda_host/*)
 # The build looks for ninja on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -23,12 +24,12 @@ lint: $(VENV)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(HOST_EXECUTION)
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(HOST_EXECUTION)
 
 clean:
 	rm -rf $(VENV) build *.egg-info jackpot_kernels/*.so

@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(jackpot, m) {
   m.def(
       "swap_(Tensor[] scores, Tensor(a!)[] masks, Tensor[] weights, Tensor(b!)[] effective, Tensor num_kept, "
       "Tensor schedule, Tensor control, bool joint, str pairs, int seed, Tensor(c!)? workspace) -> Tensor");
-  m.def("workspace_size(int[] sizes, bool joint) -> int");
+  m.def("workspace_size(Tensor[] scores, bool joint) -> int");
   m.def("cpu_capability() -> str");
   m.def("build_facts() -> str");
 }

@@ -1,4 +1,4 @@
-"""Loads the compiled extension, and refuses one that is missing or was built from other sources."""
+"""Loads the compiled extensions, and refuses one that is missing or was built from other sources."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
+CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.abi3.so")
 CHECKOUT = Path(__file__).parent.parent
 OLDEST_TORCH = (2, 10)
 SOURCE_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
@@ -45,21 +46,29 @@ def build_facts() -> dict[str, Any]:
 def load() -> None:
     """Load the compiled extension and register its operators; a second call only checks again.
 
+    The CUDA kernels follow where they were built and this torch has CUDA; that starts nothing on a device.
+
     Raises:
         ImportError: torch is too old, or the extension is missing, cannot be loaded, or was built for another
             version or from other sources than those beside the package.
     """
     require_torch(torch.__version__)
-    if not LIBRARY.is_file():
-        raise ImportError(f"jackpot_kernels has no compiled extension at {LIBRARY}: {_remedy()}")
+    facts = _load_library(LIBRARY)
+    _require_fresh(facts)
+    if facts["cuda_archs"] and torch.version.cuda is not None:
+        _load_library(CUDA_LIBRARY)
+
+
+def _load_library(library: Path) -> dict[str, Any]:
+    if not library.is_file():
+        raise ImportError(f"jackpot_kernels has no compiled extension at {library}: {_remedy()}")
     try:
-        torch.ops.load_library(str(LIBRARY))
-        facts = build_facts()
+        torch.ops.load_library(str(library))
+        return build_facts()
     except (OSError, AttributeError, ValueError) as error:
         raise ImportError(
-            f"the compiled extension {LIBRARY} cannot be loaded ({error}): {_remedy()}"
+            f"the compiled extension {library} cannot be loaded ({error}): {_remedy()}"
         ) from error
-    _require_fresh(facts)
 
 
 def _require_fresh(facts: dict[str, Any]) -> None:

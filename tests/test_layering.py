@@ -30,6 +30,7 @@ HOST_CODE = {
     "cpu/rank_select.h",
     "cpu/segments.h",
     "cpu/workspace.h",
+    "cuda/tensors.h",
 }
 
 

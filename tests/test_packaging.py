@@ -60,19 +60,69 @@ print(json.dumps([distribution.get_version(), wheel.get_tag()[:2], filename]))
     assert Path(filename) == Path("jackpot_kernels") / _extension.LIBRARY.name
 
 
+needs_cuda_build = pytest.mark.skipif(
+    not _extension.build_facts()["cuda_archs"], reason="the extension was built without CUDA kernels"
+)
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
-def test_library_uses_only_the_stable_interface():
+@pytest.mark.parametrize(
+    "library", [_extension.LIBRARY, pytest.param(_extension.CUDA_LIBRARY, marks=needs_cuda_build)]
+)
+def test_library_uses_only_the_stable_interface(library):
     answer = subprocess.run(
-        ["nm", "--dynamic", "--undefined-only", _extension.LIBRARY],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["nm", "--dynamic", "--undefined-only", library], capture_output=True, text=True, check=True
     )
     symbols = [line.split()[-1] for line in answer.stdout.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     # Anything C++ of torch is mangled, and its namespaces are at, c10 and torch.
     assert [symbol for symbol in symbols if re.match(r"_Z.*NK?(2at|3c10|5torch)", symbol)] == []
-    assert b"libpython" not in _extension.LIBRARY.read_bytes()
+    # The runtime is part of the library, and a driver is not needed before there is a device.
+    assert not any(re.match(r"cuda|cu[A-Z]", symbol) for symbol in symbols)
+    assert b"libpython" not in library.read_bytes()
+
+
+@needs_cuda_build
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_cuda_library_registers_every_operator_of_a_device(tmp_path):
+    """Where torch has no CUDA, the one function that it lacks is lent by a stub."""
+    stub = tmp_path / "stub.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stub]
+    subprocess.run(command, input=source, text=True, check=True)
+    script = f"""
+import ctypes, json, torch, jackpot_kernels
+from jackpot_kernels import _extension
+ctypes.CDLL({str(stub)!r}, ctypes.RTLD_GLOBAL)
+torch.ops.load_library(str(_extension.CUDA_LIBRARY))
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("jackpot::")]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(json.dumps([sorted(name for name in names if has(name, key)) for key in ("CPU", "CUDA")]))
+"""
+    cpu, cuda = json.loads(python(script))
+    assert cpu and cuda == cpu
+
+
+@pytest.mark.parametrize("wish", ["0", ""])
+def test_build_says_when_it_leaves_cuda_out(wish, tmp_path):
+    """Nothing is built: the path holds no nvcc, or the person wants none."""
+    env = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere", "JACKPOT_CUDA": wish, "HOME": str(tmp_path)}
+    script = """
+from distutils.core import run_setup
+distribution = run_setup("setup.py", ["--quiet"], stop_after="config")
+print([extension.name for extension in distribution.ext_modules])
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", "import setuptools" + script],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason = "JACKPOT_CUDA is 0" if wish else "no nvcc was found"
+    assert f"jackpot_kernels: {reason}, building for the CPU only\n" in answer.stderr
+    assert answer.stdout.endswith("['jackpot_kernels._C']\n")
 
 
 def test_build_facts_name_what_was_built():

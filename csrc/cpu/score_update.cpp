@@ -105,16 +105,14 @@ void score_update_(const Tensors scores, const Tensors momenta, const Tensors gr
   });
 }
 
-int64_t workspace_size(const std::vector<int64_t> sizes, bool joint) {
-  std::vector<int64_t> numel(joint ? 1 : 0, 0);
-  for (const int64_t size : sizes) joint ? void(numel[0] += size) : numel.push_back(size);
-  return workspace_words(numel);
+int64_t workspace_size(const Tensors scores, bool joint) {
+  return workspace_words(make_segments(scores, {}, joint).numel);
 }
 
 }  // namespace
 }  // namespace jackpot
 
-STABLE_TORCH_LIBRARY_IMPL(jackpot, CPU, m) { m.impl("score_update_", TORCH_BOX(&jackpot::score_update_)); }
-STABLE_TORCH_LIBRARY_IMPL(jackpot, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(jackpot, CPU, m) {
+  m.impl("score_update_", TORCH_BOX(&jackpot::score_update_));
   m.impl("workspace_size", TORCH_BOX(&jackpot::workspace_size));
 }

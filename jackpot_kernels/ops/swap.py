@@ -21,7 +21,7 @@ def new_workspace(scores: Sequence[Tensor], joint: bool = False) -> Tensor:
     Returns:
         Zeroed int64 on the scores' device.
     """
-    size = torch.ops.jackpot.workspace_size([score.numel() for score in scores], joint)
+    size = torch.ops.jackpot.workspace_size(scores, joint)
     return torch.zeros(size, dtype=torch.int64, device=scores[0].device)
 
 

@@ -1,5 +1,6 @@
-"""The search: when swaps happen (schedule) and the optimizer that makes them."""
+"""The search: when swaps happen (schedule), the optimizer that makes them, and a CUDA graph of the step."""
 
+from jackpot_kernels.search.graph import GraphedStep
 from jackpot_kernels.search.optimizer import SRPopup, SwapStats
 
-__all__ = ["SRPopup", "SwapStats"]
+__all__ = ["GraphedStep", "SRPopup", "SwapStats"]

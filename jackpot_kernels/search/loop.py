@@ -18,6 +18,7 @@ from jackpot_kernels.initialize import initialize
 from jackpot_kernels.normalization import freeze_statistics, recalibrate
 from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.search.evaluation import evaluate, require_fit
+from jackpot_kernels.search.graph import GraphedStep
 from jackpot_kernels.search.optimizer import SRPopup
 from jackpot_kernels.search.settings import SearchSettings
 from jackpot_kernels.search.state import load_exactly
@@ -158,6 +159,7 @@ class Search:
             pairs=s.pairs,
             seed=s.seed,
         )
+        self._take_step = GraphedStep(self._optimizer, self._compute)
 
     def _set_lr(self) -> None:
         """Let the learning rate fall along a cosine from epoch to epoch, towards 0 after the last."""
@@ -166,17 +168,16 @@ class Search:
             group["lr"] = self.settings.lr * (1 + math.cos(math.pi * passed)) / 2
 
     def _train_step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        self._optimizer.zero_grad()
+        loss, right = self._take_step(inputs, labels)
+        self._totals += torch.stack([loss.double(), right])
+        return loss
+
+    def _compute(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss and accuracy of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
             outputs = self.model(inputs)
             loss = F.cross_entropy(outputs, labels)
-        loss.backward()
-        self._optimizer.step()
-        loss = loss.detach()
-        with torch.no_grad():
-            right = (outputs.argmax(1) == labels).double().mean()
-            self._totals += torch.stack([loss.double(), right])
-        return loss
+        return loss, (outputs.argmax(1) == labels).double().mean()
 
     def _tick(self) -> Record:
         return {"kind": "tick", "step": self.step}

@@ -4,7 +4,8 @@ import itertools
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -145,6 +146,9 @@ class SRPopup(torch.optim.Optimizer):
         self._hyper = torch.zeros(len(layers), 5, device=device)  # [L, 5]
         self._scaled = False
         self._stats = torch.zeros(len(self._search["num_kept"]), 5, dtype=torch.int64)  # [S, 5]
+        # What a captured step writes, which stays when an ordinary step comes in between.
+        self._captured_stats = self._stats
+        self._captured_effective: list[Tensor | None] = []
         self._words: list[Tensor] = []
         self._versions: list[int] = []
         self._calls = self.steps
@@ -182,7 +186,7 @@ class SRPopup(torch.optim.Optimizer):
             workspace=self._workspace,
             joint=self._joint,
         )
-        cached = [layer.cached_effective_weight for layer in layers]
+        cached = self._cached()
         self._stats = swap_(
             self._scores,
             words,
@@ -201,6 +205,51 @@ class SRPopup(torch.optim.Optimizer):
         self._watch(words)
         self._calls += 1
         return loss
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Let a CUDA graph capture ``step`` inside; it then happens at each replay inside ``replaying``.
+
+        Settings are written to the device beforehand, where a captured step reads them.
+        """
+        self._write_hyper()
+        calls, stats = self._calls, self._stats
+        try:
+            yield
+            self._captured_stats, self._captured_effective = self._stats, self._cached()
+        finally:
+            self._calls, self._stats = calls, stats
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a captured step patches the effective weights that the layers hold now.
+
+        It does not when they were built anew since, in another dtype or for another mask.
+        """
+        return all(map(operator.is_, self._cached(), self._captured_effective))
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Do what ``step`` does on the host, around the replay of a captured one.
+
+        Raises:
+            RuntimeError: as ``step`` does; nothing has changed then.
+        """
+        self._require_steps_left()
+        words = self._require_same_layers()
+        self._write_hyper()
+        yield
+        effective = [weight for weight in self._captured_effective if weight is not None]
+        written = (*self._scores, *self._momenta, *words, *effective)
+        torch.autograd.graph.increment_version(written)
+        for layer in self._layers.values():
+            layer.mark_patched()
+        self._watch(words)
+        self._stats = self._captured_stats
+        self._calls += 1
+
+    def _cached(self) -> list[Tensor | None]:
+        return [layer.cached_effective_weight for layer in self._layers.values()]
 
     def stats(self) -> dict[str, SwapStats]:
         """Return what the last step did to each layer, or under the key "global" to all in the global scope.
@@ -363,7 +412,7 @@ class SRPopup(torch.optim.Optimizer):
                 lr = 0.0
             rows.append((lr * step_scale, momentum, weight_decay, float(nesterov), 1.0))
         grad_scale = getattr(self, "grad_scale", None)
-        outdated = rows != self._group_rows or self._scaled
+        outdated = rows != self._group_rows or (self._scaled and grad_scale is None)
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:

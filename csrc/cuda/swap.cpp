@@ -1,0 +1,111 @@
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "tensors.h"
+
+namespace jackpot {
+namespace {
+
+Pairs pairs_named(const std::string& name) {
+  if (name == "best") return Pairs::kBest;
+  if (name == "inverse") return Pairs::kInverse;
+  STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
+  return Pairs::kRandom;
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+int32_t stride_of(const Tensor& tensor, int64_t dim) {
+  const int64_t stride = tensor.stride(dim);
+  STD_TORCH_CHECK(std::llabs(stride) < 1ll << 31, "strides of weights must be below 2^31, got ", stride);
+  return static_cast<int32_t>(stride);
+}
+
+// Dimensions that follow each other in both memories count as one: a step of an index costs a division.
+void set_dims(SwapLayer& layer, const Tensor& weight, const Tensor& effective) {
+  for (int64_t i = 0; i < weight.dim(); ++i) {
+    const Dim dim = {static_cast<uint32_t>(weight.size(i)), stride_of(weight, i), stride_of(effective, i)};
+    STD_TORCH_CHECK(weight.size(i) == effective.size(i), "effective must have the weight's shape and device");
+    Dim* const outer = layer.num_dims ? &layer.dims[layer.num_dims - 1] : nullptr;
+    const int64_t size = weight.size(i);
+    if (outer && outer->weight_stride == dim.weight_stride * size &&
+        outer->effective_stride == dim.effective_stride * size) {
+      *outer = {outer->size * dim.size, dim.weight_stride, dim.effective_stride};
+    } else {
+      STD_TORCH_CHECK(layer.num_dims < kMaxDims, "weights must have at most ", kMaxDims, " dimensions");
+      layer.dims[layer.num_dims++] = dim;
+    }
+  }
+}
+
+SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& mask, const Tensor* weight,
+                     const Tensor* effective) {
+  SwapLayer layer = {};
+  layer.scores = device.require<float>(scores, ScalarType::Float, "scores");
+  layer.mask = mask_of(device, mask, scores);
+  layer.place = place_of(scores);
+  if (!effective || effective->numel() == 0) return layer;
+  device.require_here(*weight, "weights");
+  device.require_here(*effective, "effective");
+  STD_TORCH_CHECK(weight->numel() == scores.numel() && weight->dim() == effective->dim(),
+                  "effective must have the weight's shape and device");
+  layer.weight = weight->data_ptr();
+  layer.effective = effective->data_ptr();
+  layer.weight_dtype = dtype_of(*weight, "weight");
+  layer.effective_dtype = dtype_of(*effective, "effective");
+  set_dims(layer, *weight, *effective);
+  return layer;
+}
+
+Tensor swapped(const Tensors scores, const Tensors masks, const Tensors weights, const Tensors effective,
+               const Tensor num_kept, const Tensor schedule, const Tensor control, bool joint,
+               const std::string pairs, int64_t seed, std::optional<Tensor> workspace) {
+  const std::vector<int64_t> sizes = segment_sizes(scores, joint);
+  const Device device(scores[0]);
+  const int64_t segments = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(masks.size() == scores.size(), "masks must have one entry a layer");
+  STD_TORCH_CHECK(weights.size() == effective.size() && (weights.empty() || weights.size() == masks.size()),
+                  "weights and effective must both be empty or have one entry a layer");
+  STD_TORCH_CHECK(num_kept.numel() == 2 * segments, "num_kept must be [segments, 2]");
+  STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
+  std::vector<SwapLayer> layers;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const bool patched = !weights.empty();
+    layers.push_back(make_layer(device, scores[i], masks[i], patched ? &weights[i] : nullptr,
+                                patched ? &effective[i] : nullptr));
+  }
+  const Tensor memory = workspace ? *workspace : new_workspace(control, sizes);
+  Tensor stats = torch::stable::new_empty(control, {segments, 5});
+  SwapTable table = {};
+  table.joint = joint;
+  table.pairs = pairs_named(pairs);
+  table.seed = seed;
+  table.num_kept = device.require<int64_t>(num_kept, ScalarType::Long, "num_kept");
+  table.schedule = device.require<double>(schedule, ScalarType::Double, "schedule");
+  table.steps = schedule.size(0);
+  table.control = device.control_of(control);
+  table.stats = static_cast<int64_t*>(stats.data_ptr());
+  check(swap(device.launch(), layers, table, workspace_in(device, memory, sizes)));
+  return stats;
+}
+
+}  // namespace
+}  // namespace jackpot
+
+STABLE_TORCH_LIBRARY_IMPL(jackpot, CUDA, m) { m.impl("swap_", TORCH_BOX(&jackpot::swapped)); }

@@ -1,0 +1,109 @@
+"""A whole training step in one CUDA graph: forward, loss, backward, search step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jackpot_kernels.search.optimizer import SRPopup
+
+
+class GraphedStep:
+    """One training step a call, captured once and then replayed, so that the host no longer slows the device.
+
+    >>> step = GraphedStep(optimizer, lambda x, y: loss_fn(model(x), y))
+    >>> for x, y in loader:
+    ...     loss = step(x, y)
+
+    Each call takes exactly one step, with the bits that the same step has without a graph. The first
+    ``warm_up`` calls run step by step, as do those on a CPU and those whose inputs have other shapes than the
+    captured ones, such as the last batch of an epoch. Learning rates and other settings of the optimizer may
+    change from call to call; masks or effective weights that others change lead to a new capture.
+
+    Args:
+        optimizer: of the model that ``compute`` runs; no other gradients than its own are cleared.
+        compute: from the inputs to the loss, or to a tuple that begins with the loss; its work on the device
+            must be the same at every call, and wait for nothing.
+        scaler: for float16 autocast; its scale and its found-inf stay on the device.
+        warm_up: steps before the capture, at least 1, for libraries to choose their algorithms.
+
+    Raises:
+        ValueError: ``warm_up`` is below 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: SRPopup,
+        compute: Callable[..., Tensor | tuple[Tensor, ...]],
+        scaler: torch.amp.GradScaler | None = None,
+        warm_up: int = 3,
+    ) -> None:
+        if warm_up < 1:
+            raise ValueError(f"warm_up must be at least 1, got {warm_up}")
+        self._optimizer, self._compute, self._scaler = optimizer, compute, scaler
+        self._left = warm_up
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor] = []
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Take a step and return what ``compute`` returned, detached; the loss is that before the step."""
+        if self._graph is not None and not self._optimizer.is_captured:
+            self._graph, self._left = None, 1
+        if self._graph is None and self._left == 0 and all(x.is_cuda for x in inputs):
+            self._capture(inputs)
+        if self._graph is not None and _layout(inputs) == _layout(self._inputs):
+            outputs = self._replay(inputs)
+        else:
+            self._left = max(0, self._left - 1)
+            outputs = self._eager_step(inputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _eager_step(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self._optimizer.zero_grad()
+        if not all(x.is_cuda for x in inputs):
+            return self._step(inputs)
+        # Capture runs on a stream of its own, where what was set up on the default stream would be a trap.
+        present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(present)
+        with torch.cuda.stream(aside):
+            outputs = self._step(inputs)
+        present.wait_stream(aside)
+        for x in inputs:
+            x.record_stream(aside)
+        for output in outputs:
+            output.record_stream(present)
+        return outputs
+
+    def _step(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        computed = self._compute(*inputs)
+        outputs = computed if isinstance(computed, tuple) else (computed,)
+        if self._scaler is None:
+            outputs[0].backward()
+            self._optimizer.step()
+        else:
+            self._scaler.scale(outputs[0]).backward()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        return tuple(output.detach() for output in outputs)
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [x.clone() for x in inputs]
+        # Gradients that the graph itself makes stay where they are from replay to replay.
+        self._optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with self._optimizer.capturing(), torch.cuda.graph(graph):
+            self._outputs = self._step(tuple(self._inputs))
+        self._graph = graph
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._graph is not None
+        with self._optimizer.replaying():
+            for to, x in zip(self._inputs, inputs, strict=True):
+                to.copy_(x, non_blocking=True)
+            self._graph.replay()
+        return tuple(output.clone() for output in self._outputs)
+
+
+def _layout(inputs: tuple[Tensor, ...] | list[Tensor]) -> list[tuple[object, ...]]:
+    return [(x.shape, x.dtype, x.device) for x in inputs]
