@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import authors_step, compiled_step, eager_step, exact_step
-from benchmarks.bench_search_step import AGREEMENT, require_same_state
+from benchmarks.checks import require_same_state, require_same_swaps
+from benchmarks.harness import facts
 from benchmarks.searches import Search, State
 from benchmarks.shapes import NETWORKS, TINY
-from jackpot_kernels.environment import environment
 from jackpot_kernels.ops.score_update import score_update_
 from jackpot_kernels.ops.swap import new_workspace, swap_
 
@@ -111,14 +111,12 @@ def sync_free_step(state: State, gradients: list[Tensor]) -> Call:
     return step
 
 
-def require_same_swaps(start: State, gradients: list[Tensor]) -> None:
-    """Check that ``sync_free_step`` swaps what the reference does, but for scores that round otherwise."""
+def check_sync_free_step(start: State, gradients: list[Tensor]) -> None:
+    """Check that it swaps what the reference does, but for scores that round otherwise."""
     expected, state = start.copy(), start.copy()
     exact_step(expected, gradients)
     sync_free_step(state, gradients)()
-    for got, wanted in zip(state.effective, expected.effective, strict=True):
-        if (got == wanted).double().mean() < AGREEMENT:
-            raise AssertionError("effective weights must be those of the reference, got others")
+    require_same_swaps(state, expected, start)
 
 
 def copy_bandwidth() -> float:
@@ -166,7 +164,7 @@ def measure(name: str, rounds: int, bandwidth: float) -> dict[str, float]:
         ours.step()
         exact_step(expected, gradients)
         require_same_state(ours.state, expected)
-    require_same_swaps(start, gradients)
+    check_sync_free_step(start, gradients)
     kernels = launches(ours.step)
     update_only = Ours(start.copy(), gradients)
     scores, kept = start.copy().scores, start.num_kept[:, 0].tolist()
@@ -239,7 +237,7 @@ def main() -> None:
     record = {
         "command": " ".join(["python -m benchmarks.bench_cuda_search_step", *sys.argv[1:]]),
         "commit": commit,
-        "environment": environment(),
+        "environment": facts(),
         "copy bandwidth B/s": bandwidth,
         "results": results,
     }

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import THREADS
+from benchmarks.harness import THREADS, facts
 from benchmarks.searches import Search
 from benchmarks.shapes import NETWORKS, TINY, Shape
-from jackpot_kernels.environment import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,9 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    facts = environment()
-    facts["extension"].pop("path", None)  # tells of one machine's folders only
-    machine_info["environment"] = facts
+    machine_info["environment"] = facts()
     machine_info["networks"] = list(_networks(config))
     machine_info["command"] = "python -m benchmarks" + (" --quick" if config.getoption("--quick") else "")
 

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
+
+from jackpot_kernels.environment import environment
 
 THREADS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
@@ -79,6 +82,13 @@ def ratio(over: list[float], under: list[float]) -> float:
     if not over or not under:
         raise ValueError(f"times must be there on both sides, got {len(over)} and {len(under)}")
     return statistics.median(over) / statistics.median(under)
+
+
+def facts() -> dict[str, Any]:
+    """Return the environment of a run, less the path of its library, which tells of one machine only."""
+    found = environment()
+    found["extension"].pop("path", None)
+    return found
 
 
 def _others_busy_s() -> float | None:
