@@ -68,8 +68,8 @@ def swap_(
 
     Raises:
         ValueError: ``pairs`` is not known.
-        RuntimeError: a dtype, layout or length does not fit, or t is not in 1 ... T; CUDA, which does not wait
-            to find out, then swaps nothing.
+        RuntimeError: a dtype, layout or length does not fit, or t is not in 1 ... T; CUDA, which does not
+            wait to find out, then swaps nothing.
     """
     require_choice("pairs", pairs, PAIRS)
     stats = torch.ops.jackpot.swap_(
