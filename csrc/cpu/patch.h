@@ -23,6 +23,8 @@ class Patch {
     effective_ = effective->data_ptr();
     weight_dtype_ = weight->scalar_type();
     dtype_ = effective->scalar_type();
+    // Asking for sizes and strides costs more than most patches: where both are contiguous, none are needed.
+    if (weight->is_contiguous() && effective->is_contiguous()) return;
     for (int64_t dim = 0; dim < effective->dim(); ++dim) {
       dims_.push_back({effective->size(dim), weight->stride(dim), effective->stride(dim)});
     }
@@ -47,6 +49,7 @@ class Patch {
   };
 
   std::pair<int64_t, int64_t> offsets(int64_t index) const {
+    if (dims_.empty()) return {index, index};
     int64_t from = 0, to = 0;
     for (auto dim = dims_.rbegin(); dim != dims_.rend(); ++dim) {
       const int64_t i = index % dim->size;
@@ -97,7 +100,7 @@ class Patch {
   const void* weight_ = nullptr;
   void* effective_ = nullptr;
   ScalarType weight_dtype_{}, dtype_{};
-  std::vector<Dim> dims_;
+  std::vector<Dim> dims_;  // none: both are contiguous
 };
 
 }  // namespace jackpot

@@ -97,7 +97,7 @@ void rank_select(const Segments& segments, const std::vector<int64_t>& which, co
     }
   }
   parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
-    uint64_t kept[1], pruned[kTile];
+    uint64_t kept[kTileRanks], pruned[kTileRanks];
     const int64_t request = request_of[tiles[t].layer];
     Tile tile = make_tile(segments, tiles[t]);
     tile.mask = nullptr;  // every element is a candidate of one list

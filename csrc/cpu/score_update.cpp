@@ -57,7 +57,7 @@ bool is_set(const std::optional<Tensor>& found_inf) {
 
 void update_tile(const Segments& segments, const TileRef& ref, const LayerUpdate& update,
                  const Workspace* workspace) {
-  uint64_t kept[kTile], pruned[kTile];
+  uint64_t kept[kTileRanks], pruned[kTileRanks];
   Tile tile = make_tile(segments, ref);
   if (update.grads) {
     tile.momenta = update.momenta + ref.begin;

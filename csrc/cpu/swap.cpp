@@ -68,6 +68,7 @@ bool exchange_candidates(const SegmentRecord& record, const Candidates& candidat
   const auto inside = [&](uint64_t rank) { return key_of(rank) >= low && key_of(rank) <= high; };
 
   std::vector<uint64_t> ranks;  // of both classes inside the window
+  ranks.reserve(counts.kept_out + counts.pruned_out);
   std::copy_if(kept, kept + counts.kept_out, std::back_inserter(ranks), inside);
   std::copy_if(pruned, pruned + counts.pruned_out, std::back_inserter(ranks), inside);
   const int64_t target = request.target(first_and_last, counts.kept);
@@ -164,7 +165,7 @@ void exchange_scanned(const Segments& segments, const std::vector<int64_t>& whic
     }
   }
   parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
-    uint64_t kept[kTile], pruned[kTile];
+    uint64_t kept[kTileRanks], pruned[kTileRanks];
     Exchange& exchange = exchanges[segments.layers[tiles[t].layer].segment];
     const float threshold = score_of(exchange.threshold);
     Tile tile = make_tile(segments, tiles[t]);
@@ -204,7 +205,7 @@ void arm(SegmentRecord& record, const Exchange& exchange, float threshold, int64
   const float moved = record.armed ? threshold - record.threshold : 0.0f;
   const float missed = record.armed ? std::fabs(threshold - record.predicted) : std::fabs(threshold) / 4096;
   const float least = std::fabs(threshold) / (1 << 22) + std::numeric_limits<float>::min();
-  record.half_width = std::max({3 * missed, record.armed ? 0.8f * record.half_width : 0.0f, least});
+  record.half_width = std::max({3 * missed, record.armed ? 0.9f * record.half_width : 0.0f, least});
   record.threshold = threshold;
   record.predicted = threshold + moved;
   record.armed = 1;

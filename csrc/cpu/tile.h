@@ -8,6 +8,8 @@ namespace jackpot {
 
 // A tile's candidates wait in two buffers of this many ranks: 64 KiB, small enough for any stack.
 constexpr int64_t kTile = 4096;
+// Ranks are written four at a time, the last ones perhaps past the end of a full list.
+constexpr int64_t kTileRanks = kTile + 4;
 
 // Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.
 struct Window {
@@ -31,7 +33,7 @@ struct Tile {
   float lr, momentum, weight_decay, inv_scale;
   bool nesterov;
   Window window;
-  uint64_t *kept, *pruned;  // [kTile], null: no candidates wanted
+  uint64_t *kept, *pruned;  // [kTileRanks], null: no candidates wanted
 };
 
 struct TileKernels {

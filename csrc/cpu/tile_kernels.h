@@ -5,6 +5,7 @@ namespace jackpot {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kGroup = 64;  // elements whose comparisons fill one word
 
 bool all_finite(const float* values, int64_t count) {
   uint32_t bad = 0;
@@ -16,11 +17,15 @@ bool all_finite(const float* values, int64_t count) {
   return bad == 0;
 }
 
-inline void emit(uint32_t lanes, const float* scores, uint32_t position, uint64_t* out, int64_t& count) {
-  for (; lanes; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    out[count++] = rank_of(scores[lane], position + lane);
-  }
+// The ranks of the chosen elements of one group, appended to `out`, which has room for four more. Most groups
+// give one or two: writing four without asking costs less than a branch that is guessed wrong.
+inline void emit(uint64_t chosen, const float* scores, uint32_t position, uint64_t* out, int64_t& count) {
+  const auto rank = [&](int lane) { return rank_of(scores[lane], position + lane); };
+  const int64_t found = __builtin_popcountll(chosen);
+  uint64_t* const end = out + count;
+  for (int k = 0; k < 4; ++k, chosen &= chosen - 1) end[k] = rank(chosen ? __builtin_ctzll(chosen) : 0);
+  for (int64_t k = 4; k < found; ++k, chosen &= chosen - 1) end[k] = rank(__builtin_ctzll(chosen));
+  count += found;
 }
 
 template <bool kUpdate, bool kEmit>
@@ -39,9 +44,8 @@ class TileRun {
 
   Counts run() {
     int64_t i = 0;
-    for (; i + kLanes <= tile_.count; i += kLanes) {
-      const float* grads = kUpdate ? tile_.grads + i : nullptr;
-      lanes(tile_.scores + i, tile_.momenta + i, grads, i, 0xffffu);
+    for (; i + kGroup <= tile_.count; i += kGroup) {
+      group(tile_.scores + i, tile_.momenta + i, kUpdate ? tile_.grads + i : nullptr, i, ~0ull);
     }
     if (i < tile_.count) rest(i);
     return counts_;
@@ -51,49 +55,60 @@ class TileRun {
   // The last, incomplete group goes through copies, so that no lane touches memory past the end.
   void rest(int64_t i) {
     const int64_t left = tile_.count - i;
-    float scores[kLanes] = {}, momenta[kLanes] = {}, grads[kLanes] = {};
+    float scores[kGroup] = {}, momenta[kGroup] = {}, grads[kGroup] = {};
     __builtin_memcpy(scores, tile_.scores + i, left * sizeof(float));
     if (kUpdate) {
       __builtin_memcpy(momenta, tile_.momenta + i, left * sizeof(float));
       __builtin_memcpy(grads, tile_.grads + i, left * sizeof(float));
     }
-    lanes(scores, momenta, grads, i, (1u << left) - 1);
+    group(scores, momenta, grads, i, (1ull << left) - 1);
     if (kUpdate) {
       __builtin_memcpy(tile_.scores + i, scores, left * sizeof(float));
       __builtin_memcpy(tile_.momenta + i, momenta, left * sizeof(float));
     }
   }
 
-  inline void lanes(float* scores, float* momenta, const float* grads, int64_t i, uint32_t valid) {
-    Vec s = Vec::load(scores);
-    if (kUpdate) {
-      const Vec g = fma(weight_decay_, s, Vec::load(grads) * inv_scale_);
-      const Vec m = fma(momentum_, Vec::load(momenta), g);
-      const Vec direction = tile_.nesterov ? fma(momentum_, m, g) : m;
-      s = fma(minus_lr_, direction, s);
-      m.store(momenta);
-      s.store(scores);
+  inline void group(float* scores, float* momenta, const float* grads, int64_t i, uint64_t valid) {
+    uint64_t up_to_high = 0, kept_range = 0, pruned_range = 0;
+    for (int lane = 0; lane < kGroup; lane += kLanes) {
+      Vec s = Vec::load(scores + lane);
+      if (kUpdate) {
+        const Vec g = fma(weight_decay_, s, Vec::load(grads + lane) * inv_scale_);
+        const Vec m = fma(momentum_, Vec::load(momenta + lane), g);
+        s = fma(minus_lr_, tile_.nesterov ? fma(momentum_, m, g) : m, s);
+        m.store(momenta + lane);
+        s.store(scores + lane);
+      }
+      if (!kEmit) continue;
+      const uint64_t up = s <= high_;  // false for NaN, which ranks greatest
+      const uint64_t window = up & (s >= low_);
+      up_to_high |= up << lane;
+      kept_range |= (window | (~(s > kept_high_) & 0xffffu)) << lane;
+      pruned_range |= (window | (~(s < pruned_low_) & 0xffffu)) << lane;
     }
-    if (kEmit) candidates(s, scores, i, valid);
+    if (kEmit) candidates(scores, i, valid, up_to_high, kept_range, pruned_range);
   }
 
-  inline void candidates(Vec s, const float* scores, int64_t i, uint32_t valid) {
-    const uint32_t bits = tile_.mask ? tile_.mask[i / 32] >> (i % 32) : 0;
-    const uint32_t kept = bits & valid, pruned = ~bits & valid;
-    const uint32_t up_to_high = s <= high_;  // false for NaN, which ranks greatest
-    const uint32_t window = up_to_high & (s >= low_);
-    const uint32_t kept_out = kept & (window | ~(s > kept_high_));
-    const uint32_t pruned_out = pruned & (window | ~(s < pruned_low_));
-    counts_.above += __builtin_popcount(~up_to_high & valid);
-    counts_.pruned_above += __builtin_popcount(~up_to_high & pruned);
-    counts_.kept += __builtin_popcount(kept);
-    if (kept_out | pruned_out) {
-      emit(kept_out, scores, tile_.position + i, tile_.kept, counts_.kept_out);
-      emit(pruned_out, scores, tile_.position + i, tile_.pruned, counts_.pruned_out);
-    }
+  inline void candidates(const float* scores, int64_t i, uint64_t valid, uint64_t up_to_high,
+                         uint64_t kept_range, uint64_t pruned_range) {
+    const uint64_t bits = mask_bits(i);
+    const uint64_t kept = bits & valid, pruned = ~bits & valid;
+    const uint64_t kept_out = kept & kept_range, pruned_out = pruned & pruned_range;
+    counts_.above += __builtin_popcountll(~up_to_high & valid);
+    counts_.pruned_above += __builtin_popcountll(~up_to_high & pruned);
+    counts_.kept += __builtin_popcountll(kept);
+    if (kept_out) emit(kept_out, scores, tile_.position + i, tile_.kept, counts_.kept_out);
+    if (pruned_out) emit(pruned_out, scores, tile_.position + i, tile_.pruned, counts_.pruned_out);
   }
 
-  const Tile& tile_;
+  inline uint64_t mask_bits(int64_t i) const {
+    if (!tile_.mask) return 0;
+    uint64_t bits = tile_.mask[i / 32];
+    if (i + 32 < tile_.count) bits |= static_cast<uint64_t>(tile_.mask[i / 32 + 1]) << 32;
+    return bits;
+  }
+
+  const Tile tile_;
   const Vec minus_lr_, momentum_, weight_decay_, inv_scale_, low_, high_, kept_high_, pruned_low_;
   Counts counts_ = {};
 };

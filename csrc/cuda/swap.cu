@@ -115,7 +115,7 @@ __device__ void arm(Segment& segment, float threshold, uint64_t entering_bound, 
   const float moved = armed ? threshold - segment.threshold : 0.0f;
   const float missed = fabsf(armed ? threshold - segment.predicted : threshold / 4096);
   const float least = fabsf(threshold) / (1 << 22) + FLT_MIN;
-  segment.half_width = fmaxf(fmaxf(3 * missed, armed ? 0.8f * segment.half_width : 0.0f), least);
+  segment.half_width = fmaxf(fmaxf(3 * missed, armed ? 0.9f * segment.half_width : 0.0f), least);
   segment.threshold = threshold;
   segment.predicted = threshold + moved;
   segment.armed = 1;
