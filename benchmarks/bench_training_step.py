@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import jackpot_kernels as jk
 from benchmarks.checks import require_close
 from benchmarks.harness import MAX_ROUNDS, Call, contest
-from benchmarks.resnet32 import ResNet32
 from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
 from benchmarks.shapes import TRAINED
+from jackpot_kernels.models import resnet32
 
 
 @pytest.mark.parametrize("network", [TRAINED])
@@ -23,7 +23,7 @@ def bench_training_step(benchmark: BenchmarkFixture, network: str, quick: bool, 
     torch.manual_seed(0)
     batch = 4 if quick else 64
     x, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    dense = ResNet32(8 if quick else 32)
+    dense = resnet32(width=1 if quick else 2)
     searched = jk.convert(deepcopy(dense))
     jk.initialize(searched, SPARSITY)
     require_same_gradients(searched, x, labels)

@@ -1,12 +1,19 @@
 import random
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from jackpot_kernels.data import Batches, as_dataset, digits
+from jackpot_kernels.data import Batches, Images, as_dataset, digits, imagenet
+from jackpot_kernels.data.imagenet import imagenet_380, imagenet_signed
+from jackpot_kernels.models import resnet20, vgg19
+from jackpot_kernels.search.evaluation import require_fit
 
 CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 class Noisy(Dataset):
@@ -91,3 +98,274 @@ def test_pair_of_tensors_is_a_data_set():
 def test_unfit_data_is_named(value, error, sentence):
     with pytest.raises(error, match=f"training data must .*{sentence}"):
         as_dataset(value, "training data")
+
+
+def pictures(count=10, size=8, classes=10, **options):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return Images(images, torch.arange(count) % classes, MEAN, STD, **options)
+
+
+def augmented(image, top, left, flipped, padding):
+    """One image by the textbook: pad with black, cut out, mirror, scale to [0, 1], normalise."""
+    channels, height, width = image.shape
+    padded = np.zeros((channels, height + 2 * padding, width + 2 * padding))
+    padded[:, padding : padding + height, padding : padding + width] = image
+    cut = padded[:, top : top + height, left : left + width]
+    cut = cut[:, :, ::-1] if flipped else cut
+    return (cut / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
+
+
+@pytest.mark.parametrize("padding", [0, 2, 4])
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (40, 3, 6, 9)])
+def test_augmentation_is_the_textbooks_image_by_image(padding, shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    data = Images(images, torch.zeros(len(images), dtype=torch.int64), MEAN, STD, crop_padding=padding)
+    draws = data.draw(len(images), torch.Generator().manual_seed(1))
+    found = data.augmented(images, draws)
+    for image, draw, result in zip(images, draws.tolist(), found, strict=True):
+        assert np.allclose(result.numpy(), augmented(image.numpy(), *draw, padding), atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last) and found.dtype == torch.float32
+
+
+def test_each_crop_and_flip_is_drawn_as_often():
+    draws = pictures(crop_padding=1).draw(18_000, torch.Generator().manual_seed(0))
+    counts = (draws * torch.tensor([6, 2, 1])).sum(1).bincount()
+    assert len(counts) == 3 * 3 * 2
+    # Mean 1000 and deviation 31.
+    assert counts.min() > 850 and counts.max() < 1150
+    plain = pictures(crop_padding=0, flip=False).draw(50, torch.Generator().manual_seed(0))
+    assert not plain.any()
+
+
+def test_shuffled_batches_are_augmented_as_seed_and_epoch_say():
+    data = pictures(count=10)
+    generator = torch.Generator().manual_seed(5 * 1_000_003 + 2)
+    order = torch.randperm(10, generator=generator)[:9]
+    draws = data.draw(9, generator)
+    for i, (inputs, labels) in enumerate(Batches(data, 3, CPU, seed=5).shuffled(2)):
+        index = order[3 * i : 3 * i + 3]
+        assert torch.equal(labels, data.tensors[1][index])
+        for j, k in enumerate(index):
+            expected = augmented(data.tensors[0][k].numpy(), *draws[3 * i + j].tolist(), 4)
+            assert np.allclose(inputs[j].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_augmented_epoch_goes_on_where_it_was_interrupted(start):
+    batches = Batches(pictures(), 3, CPU, seed=1)
+    whole = collect(batches.shuffled(4))
+    torch.rand(7)
+    assert same(whole[start:], collect(Batches(pictures(), 3, CPU, seed=1).shuffled(4, start)))
+    assert not same(whole, collect(batches.shuffled(5)))
+    assert not same(whole, collect(Batches(pictures(), 3, CPU, seed=2).shuffled(4)))
+
+
+def test_images_come_in_the_order_of_any_other_data():
+    data = pictures()
+    plain = Batches(TensorDataset(torch.zeros(10), data.tensors[1]), 4, CPU, seed=3)
+    labels = [y.tolist() for _, y in Batches(data, 4, CPU, seed=3).shuffled(1)]
+    assert labels == [y.tolist() for _, y in plain.shuffled(1)]
+
+
+def test_ordered_batches_are_normalized_only():
+    data = pictures()
+    batches = Batches(data, 4, CPU)
+    for begin, (inputs, labels) in zip((0, 4, 8), batches.ordered(), strict=True):
+        assert inputs.is_contiguous(memory_format=torch.channels_last)
+        for i, (image, label) in enumerate(zip(inputs, labels, strict=True), begin):
+            expected = augmented(data.tensors[0][i].numpy(), 0, 0, 0, padding=0)
+            assert np.allclose(image.numpy(), expected, atol=1e-5)
+            assert torch.equal(image, data[i][0]) and label == data[i][1]
+    assert torch.equal(batches.labels, data.tensors[1])
+
+
+def test_images_are_an_ordinary_data_set():
+    data = as_dataset(pictures(), "training data")
+    ((inputs, labels),) = DataLoader(data, batch_size=10)
+    ((expected, same_labels),) = Batches(data, 10, CPU).ordered()
+    assert torch.equal(inputs, expected) and torch.equal(labels, same_labels)
+
+
+def test_images_stay_as_they_are():
+    data = pictures()
+    before = data.tensors[0].clone()
+    collect(Batches(data, 3, CPU).shuffled(0))
+    collect(Batches(data, 3, CPU).ordered())
+    assert torch.equal(data.tensors[0], before)
+
+
+@pytest.mark.gpu
+def test_images_are_augmented_on_the_gpu_with_the_bits_of_the_cpu():
+    data = pictures(count=64, size=32)
+    on_gpu = Batches(data, 16, torch.device("cuda"), seed=1)
+    for way in (lambda b: b.shuffled(3, 1), Batches.ordered):
+        found = [(x.cpu(), y.cpu()) for x, y in way(on_gpu)]
+        assert same(found, collect(way(Batches(data, 16, CPU, seed=1))))
+
+
+def test_subset_takes_the_first_or_as_many_of_each_class():
+    data = pictures(count=60, classes=6, crop_padding=2, flip=False)
+    first = data.subset(13)
+    assert all(torch.equal(a, b[:13]) for a, b in zip(first.tensors, data.tensors, strict=True))
+    assert (first.crop_padding, first.flip, first.mean) == (2, False, MEAN)
+    balanced = data.subset(20, seed=1)
+    assert balanced.tensors[1].bincount().tolist() == [4, 4, 3, 3, 3, 3]
+    places = [int((data.tensors[0] == image).flatten(1).all(1).nonzero()) for image in balanced.tensors[0]]
+    assert places == sorted(set(places)) and len(places) == 20
+    assert [int(data.tensors[1][place]) for place in places] == balanced.tensors[1].tolist()
+    assert torch.equal(data.subset(20, seed=1).tensors[0], balanced.tensors[0])
+    assert not torch.equal(data.subset(20, seed=2).tensors[0], balanced.tensors[0])
+    assert torch.equal(data.subset(60, seed=2).tensors[0], data.tensors[0])
+
+
+@pytest.mark.parametrize("count", [0, 61])
+def test_subset_must_be_there(count):
+    with pytest.raises(ValueError, match=rf"count must be in \[1, 60\], got {count}"):
+        pictures(count=60).subset(count)
+
+
+def test_balanced_subset_must_be_there():
+    data = Images(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.tensor([0] * 8 + [1]), MEAN, STD)
+    assert data.subset(3, seed=0).tensors[1].tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="count must ask 2 classes for no more images than each has, got 4"):
+        data.subset(4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"images": torch.zeros(4, 3, 8, 8)}, TypeError, "images must be uint8, got float32"),
+        ({"labels": torch.zeros(4)}, TypeError, "labels must be int64, got float32"),
+        ({"labels": torch.arange(3)}, ValueError, r"labels must have shape \[4\], got \[3\]"),
+        (
+            {"images": torch.zeros(4, 8, 8, dtype=torch.uint8)},
+            ValueError,
+            r"images must have shape \[N, C, H",
+        ),
+        ({"mean": (0.5,)}, ValueError, "mean must have a value for each of 3 channels, got 1"),
+        ({"std": (0.5,) * 4}, ValueError, "std must have a value for each of 3 channels, got 4"),
+        ({"std": (0.5, 0, 0.5)}, ValueError, r"std must be positive, got \(0.5, 0, 0.5\)"),
+        ({"crop_padding": -1}, ValueError, "crop_padding must not be negative, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unfit_images_are_named(change, error, sentence):
+    good = {"images": torch.zeros(4, 3, 8, 8, dtype=torch.uint8), "labels": torch.arange(4)}
+    with pytest.raises(error, match=sentence):
+        Images(**{**good, "mean": MEAN, "std": STD, **change})
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "sentence"),
+    [
+        (resnet20, pictures(count=12, classes=11), r"labels must be in \[0, 10\) .* 10 outputs, got 10"),
+        (
+            lambda: vgg19(width=1 / 16),
+            pictures(size=8),
+            r"inputs of shape \[4, 3, 8, 8\], but fails: [^\n]*$",
+        ),
+    ],
+    ids=["classes", "size"],
+)
+def test_images_that_do_not_fit_the_network_are_named(model, data, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        require_fit(model(), Batches(data, 4, CPU))
+
+
+def test_labels_below_zero_are_named():
+    data = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, -1, 2]), MEAN, STD)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 10\) .*, got -1"):
+        require_fit(resnet20(), Batches(data, 2, CPU))
+
+
+def test_loaded_images_are_channels_last():
+    class Loaded(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((3, 4, 4), float(index)), index
+
+    ((inputs, labels),) = Batches(Loaded(), 3, CPU).ordered()
+    assert inputs.is_contiguous(memory_format=torch.channels_last) and labels.tolist() == [0, 1, 2]
+    assert torch.equal(inputs[:, 2, 3, 1], torch.arange(3.0))
+
+
+def image_folder(path, classes=("cat", "dog"), size=(40, 30)):
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "val"):
+        for i, name in enumerate(classes):
+            (path / part / name).mkdir(parents=True)
+            for j in range(3):
+                image.new("RGB", size, (100 * i, 50 * j, 7)).save(path / part / name / f"{j}.png")
+    return path
+
+
+def test_imagenet_is_read_from_folders(tmp_path):
+    pytest.importorskip("torchvision")
+    train, test = imagenet(image_folder(tmp_path), size=16, resize=20, mean=(0,) * 3, std=(1,) * 3)
+    batches = Batches(as_dataset(train, "training data"), 4, CPU, seed=1, workers=2)
+    assert same(collect(batches.shuffled(0)), collect(Batches(train, 4, CPU, seed=1).shuffled(0)))
+    inputs, labels = next(Batches(test, 6, CPU).ordered())
+    assert inputs.shape == (6, 3, 16, 16) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    expected = torch.tensor([[100.0 * (i // 3), 50.0 * (i % 3), 7] for i in range(6)]) / 255
+    assert torch.allclose(inputs, expected[:, :, None, None].expand_as(inputs))
+
+
+def test_imagenet_folders_must_hold_the_same_classes(tmp_path):
+    pytest.importorskip("torchvision")
+    (image_folder(tmp_path) / "val" / "dog").rename(tmp_path / "val" / "eel")
+    with pytest.raises(ValueError, match="the same classes in train and val, got 'dog' in one alone"):
+        imagenet(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_missing_imagenet_says_what_to_put_where(missing, tmp_path, monkeypatch):
+    for part in {"train", "val"} - {missing}:
+        (tmp_path / "imagenet" / part).mkdir(parents=True)
+    monkeypatch.setenv("JACKPOT_DATA", str(tmp_path))
+    sentence = f"imagenet must be in {tmp_path}/imagenet as train and val .*, got no .*/{missing}"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        imagenet()
+
+
+def test_imagenet_without_torchvision_is_one_sentence(tmp_path, monkeypatch):
+    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ModuleNotFoundError, match=r'torchvision; .*pip install "jackpot_kernels\[models\]"$'):
+        imagenet(image_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "resize", "how", "mean"),
+    [
+        (imagenet, 224, 256, "bilinear", (0.485, 0.456, 0.406)),
+        (imagenet_380, 380, 384, "bicubic", (0.485, 0.456, 0.406)),
+        (imagenet_signed, 224, 256, "bilinear", (0.5, 0.5, 0.5)),
+    ],
+)
+def test_imagenet_asks_torchvision_for_the_usual_transforms(
+    build, size, resize, how, mean, tmp_path, monkeypatch
+):
+    def named(name):
+        return lambda *args, **options: (name, *args, *options.values())
+
+    names = ("InterpolationMode", "ToTensor", "Normalize", "RandomResizedCrop", "RandomHorizontalFlip")
+    transforms = SimpleNamespace(**{name: named(name) for name in (*names, "Resize", "CenterCrop")})
+    transforms.Compose = list
+    datasets = SimpleNamespace(
+        ImageFolder=lambda root, transform: SimpleNamespace(root=root, transform=transform, classes=[])
+    )
+    for name, module in (("", SimpleNamespace(transforms=transforms)), (".datasets", datasets)):
+        monkeypatch.setitem(sys.modules, f"torchvision{name}", module)
+    train, test = build(image_folder(tmp_path))
+    mode = ("InterpolationMode", how)
+    end = [
+        ("ToTensor",),
+        ("Normalize", mean, (0.229, 0.224, 0.225) if build is not imagenet_signed else mean),
+    ]
+    assert train.root == str(tmp_path / "train") and test.root == str(tmp_path / "val")
+    assert train.transform == [("RandomResizedCrop", size, mode), ("RandomHorizontalFlip",), *end]
+    assert test.transform == [("Resize", resize, mode), ("CenterCrop", size), *end]

@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jackpot_kernels.cli import is_extra, missing_extra
+from jackpot_kernels.data import DATA
+from jackpot_kernels.models import MODELS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.utils.data import Dataset
-
-# What --model and --data know by name.
-MODELS = {"digits": "jackpot_kernels.models:digits_net"}
-DATA = {"digits": "jackpot_kernels.data:digits"}
 
 
 def fail(sentence: str) -> NoReturn:
@@ -95,6 +93,8 @@ def resolve(option: str, name: str, known: Mapping[str, str]) -> Any:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and is_extra(error):
             raise
+        if name in known and isinstance(error, OSError | ValueError | ModuleNotFoundError):
+            fail(str(error))
         fail(
             f"{option} must be a callable that needs no argument and succeeds, got {name!r} ({_told(error)})"
         )

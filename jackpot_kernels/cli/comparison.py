@@ -15,8 +15,9 @@ from jackpot_kernels.convert import convert
 from jackpot_kernels.data import Batches
 from jackpot_kernels.models import digits_net
 from jackpot_kernels.normalization import recalibrate
+from jackpot_kernels.search.epochs import Record
 from jackpot_kernels.search.evaluation import evaluate
-from jackpot_kernels.search.loop import Record, Search, initialize_masks
+from jackpot_kernels.search.loop import Search, initialize_masks
 from jackpot_kernels.search.settings import SearchSettings
 
 SPARSITIES = (0.90, 0.95, 0.98)
