@@ -14,8 +14,8 @@ import jackpot_kernels as jk
 from jackpot_kernels.cli import main
 from jackpot_kernels.cli.app import app
 from jackpot_kernels.cli.common import choose_device
-from jackpot_kernels.data import digits
-from jackpot_kernels.models import DigitsNet
+from jackpot_kernels.data import DATA, digits
+from jackpot_kernels.models import MODELS, DigitsNet
 from jackpot_kernels.search.folder import SearchFolder
 from jackpot_kernels.search.loop import Search
 
@@ -188,6 +188,7 @@ def test_interrupted_search_goes_on_bit_for_bit(choice, steps, interrupt, tmp_pa
         ["--random-scores", "--schedule", "single", "--no-keep-last-dense"],
         ["--criterion", "snip", "--budget", "erk", "--normalization", "recalibrate"],
         ["--normalization", "frozen", "--amp", "--criterion", "random", "--budget", "uniform"],
+        ["--compat", "authors", "--channels-last", "--evaluate-every", "2"],
     ],
     ids=lambda options: options[1],
 )
@@ -321,7 +322,10 @@ def test_env_prints_facts():
         (["--budget", "even"], "budget must be one of global, uniform, erk, got 'even'"),
         (["--normalization", "off"], "normalization must be one of stats, frozen, recalibrate, got 'off'"),
         (["--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
-        (["--model", "digits_net"], "model must be digits or module:callable, got 'digits_net'"),
+        (
+            ["--model", "digits_net"],
+            f"model must be {', '.join(MODELS)} or module:callable, got 'digits_net'",
+        ),
         (
             ["--model", "no_such_module:net"],
             "model must name a module that can be imported, got 'no_such_module:net'",
@@ -336,7 +340,10 @@ def test_env_prints_facts():
         (["--model", "test_cli:two_classes"], "labels must be in [0, 2) for a model with 2 outputs, got 9"),
         (["--data", "test_cli:wide_data"], "model must take inputs of shape [8, 1, 8], but fails"),
         (["--data", "test_cli:small_net"], "data must return a pair (train, test), got DigitsNet"),
-        (["--data", "cifar"], "data must be digits or module:callable, got 'cifar'"),
+        (["--data", "cifar"], f"data must be {', '.join(DATA)} or module:callable, got 'cifar'"),
+        (["--data", "cifar100"], "cifar100 must be in no-such-folder/cifar-100-binary or "),
+        (["--data", "imagenet"], "imagenet must be in no-such-folder/imagenet as train and val"),
+        (["--model", "vgg19-cifar10"], "model must take inputs of shape [32, 1, 8, 8], but fails"),
         (["--weights", "absent.safetensors"], "weights must be an existing file, got absent.safetensors"),
         (
             ["--model", "test_cli:unnormalized", "--normalization", "frozen"],
@@ -346,7 +353,8 @@ def test_env_prints_facts():
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_sentence(options, sentence, tmp_path):
+def test_bad_input_is_one_sentence(options, sentence, tmp_path, monkeypatch):
+    monkeypatch.setenv("JACKPOT_DATA", "no-such-folder")
     result = search(tmp_path / "out", *PLAIN, *TINY, *options, expect=2)
     assert result.stderr.startswith(f"jackpot: {sentence}")
     assert len(result.stderr.strip().splitlines()) == 1
@@ -354,8 +362,10 @@ def test_bad_input_is_one_sentence(options, sentence, tmp_path):
 
 
 def test_search_wants_model_and_data(tmp_path):
-    assert "model must be digits or module:callable, got none" in search(tmp_path, expect=2).stderr
-    assert "data must be digits or module:callable" in search(tmp_path, "--model", "digits", expect=2).stderr
+    assert (
+        f"model must be {', '.join(MODELS)} or module:callable, got none" in search(tmp_path, expect=2).stderr
+    )
+    assert f"data must be {', '.join(DATA)} or" in search(tmp_path, "--model", "digits", expect=2).stderr
 
 
 def test_search_on_a_gpu_wants_kernels_for_it(monkeypatch, tmp_path):
@@ -375,7 +385,7 @@ def test_output_must_be_writable(tmp_path):
 def test_finished_search_is_not_overwritten(finished):
     before = (finished / "checkpoint.pt").read_bytes(), (finished / "log.jsonl").read_bytes()
     result = search(finished, *PLAIN, *TINY, expect=2)
-    assert f"output must be a folder without a search, got {finished} with one" in result.stderr
+    assert f"output must be a folder without a checkpoint, got {finished} with one" in result.stderr
     assert ((finished / "checkpoint.pt").read_bytes(), (finished / "log.jsonl").read_bytes()) == before
 
 

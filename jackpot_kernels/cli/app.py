@@ -7,6 +7,7 @@ from jackpot_kernels.cli.demo import demo
 from jackpot_kernels.cli.env import env
 from jackpot_kernels.cli.evaluate import evaluate
 from jackpot_kernels.cli.export import export
+from jackpot_kernels.cli.pretrain import pretrain
 from jackpot_kernels.cli.search import search
 
 app = typer.Typer(
@@ -16,5 +17,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, search, evaluate, export, bench, env):
+for command in (demo, pretrain, search, evaluate, export, bench, env):
     app.command()(command)

@@ -19,6 +19,15 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Section(NamedTuple):
+    """A part of the page with a heading of its own."""
+
+    title: str
+    text: Sequence[str] = ()  # paragraphs
+    table: Table | None = None
+    figures: Sequence[Figure] = ()
+
+
 def write_page(
     path: Path,
     *,
@@ -27,6 +36,7 @@ def write_page(
     headlines: Pairs = (),
     table: Table | None = None,
     figures: Sequence[Figure] = (),
+    sections: Sequence[Section] = (),
     facts: Pairs = (),
 ) -> None:
     """Write the page with its plots inside, so that it can be moved and mailed alone."""
@@ -36,11 +46,17 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    embedded = [
-        {"caption": figure.caption, "data": b64encode(figure.path.read_bytes()).decode()}
-        for figure in figures
-    ]
     page = environment.get_template("page.html").render(
-        title=title, lead=lead, headlines=headlines, table=table, figures=embedded, facts=facts
+        title=title,
+        lead=lead,
+        headlines=headlines,
+        sections=[Section("", (), table, figures), *sections],
+        embedded=_embedded,
+        facts=facts,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _embedded(figure: Figure) -> str:
+    """Return the plot as text."""
+    return b64encode(figure.path.read_bytes()).decode()

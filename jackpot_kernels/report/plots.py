@@ -1,4 +1,4 @@
-"""Plots of a search and of the demo, as PNG files."""
+"""Plots of a search, of a training and of the demo, as PNG files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,33 +58,49 @@ def search_figures(records: Records, folder: Path) -> list[Figure]:
     return figures
 
 
+def training_figures(records: Records, folder: Path) -> list[Figure]:
+    """Draw how a training went, from the records of its log; figures without data are left out."""
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    start = next(record for record in records if record["kind"] == "start")
+    if not epochs:
+        return []
+    return [
+        plot_accuracy(start, epochs, folder / "accuracy.png"),
+        plot_loss(start, epochs, folder / "loss.png"),
+    ]
+
+
 def plot_accuracy(start: Mapping[str, Any], epochs: Records, path: Path) -> Figure:
-    """Plot training and test accuracy by epoch; epoch 0 is the starting mask."""
+    """Plot training and test accuracy by epoch; epoch 0 is the start."""
+    tested = _tested(start, epochs)
     with _axes(path) as axes:
-        axes.axhline(100 * start["dense_accuracy"], color=GREY, linestyle="--", label="dense network, test")
+        if "dense_accuracy" in start:
+            axes.axhline(
+                100 * start["dense_accuracy"], color=GREY, linestyle="--", label="dense network, test"
+            )
         numbers = [epoch["epoch"] for epoch in epochs]
-        axes.plot(numbers, _percent(epochs, "train_accuracy"), color=ORANGE, label="masked, training")
-        axes.plot(
-            [0, *numbers], _percent([start, *epochs], "test_accuracy"), color=BLUE, label="masked, test"
-        )
+        axes.plot(numbers, _percent(epochs, "train_accuracy"), color=ORANGE, label="training")
+        axes.plot(list(tested), _percent(list(tested.values()), "test_accuracy"), color=BLUE, label="test")
         axes.set(xlabel="epoch", ylabel="accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    last = epochs[-1]
+    number, last = tested.popitem()
+    dense = f", the dense network {start['dense_accuracy']:.2%}" if "dense_accuracy" in start else ""
     caption = (
-        f"Accuracy by epoch; epoch 0 is the starting mask. On the test set the last epoch reaches "
-        f"{last['test_accuracy']:.2%}, the dense network {start['dense_accuracy']:.2%}."
+        f"Accuracy by epoch; epoch 0 is the start. On the test set epoch {number} reaches "
+        f"{last['test_accuracy']:.2%}{dense}."
     )
     return Figure(path, caption)
 
 
 def plot_loss(start: Mapping[str, Any], epochs: Records, path: Path) -> Figure:
     """Plot training and test loss by epoch."""
+    tested = _tested(start, epochs)
     with _axes(path) as axes:
         numbers = [epoch["epoch"] for epoch in epochs]
-        axes.axhline(start["dense_loss"], color=GREY, linestyle="--", label="dense network, test")
-        axes.plot(numbers, [e["train_loss"] for e in epochs], color=ORANGE, label="masked, training")
-        losses = [e["test_loss"] for e in [start, *epochs]]
-        axes.plot([0, *numbers], losses, color=BLUE, label="masked, test")
+        if "dense_loss" in start:
+            axes.axhline(start["dense_loss"], color=GREY, linestyle="--", label="dense network, test")
+        axes.plot(numbers, [e["train_loss"] for e in epochs], color=ORANGE, label="training")
+        axes.plot(list(tested), [e["test_loss"] for e in tested.values()], color=BLUE, label="test")
         axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
         _label_decades(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -179,6 +195,11 @@ def _label_decades(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _tested(start: Mapping[str, Any], epochs: Records) -> dict[int, Mapping[str, Any]]:
+    """Return the records with test scores by epoch, the start as epoch 0."""
+    return {0: start} | {epoch["epoch"]: epoch for epoch in epochs if "test_accuracy" in epoch}
 
 
 def _percent(records: Records, key: str) -> list[float]:

@@ -1,27 +1,29 @@
-"""Where a search keeps its log and its checkpoint, so that nothing is lost when it stops."""
+"""Where a search or a training keeps log and checkpoint, so that nothing is lost when it stops."""
 
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from jackpot_kernels.search.loop import Record, Search
+from jackpot_kernels.search.epochs import EpochLoop, Record
 
 
-class SearchStopped(Exception):
-    """A search was asked to stop, and its checkpoint is saved."""
+class Stopped(Exception):
+    """What runs was asked to stop, and its checkpoint is saved."""
 
     def __init__(self, step: int, total_steps: int):
         super().__init__(f"stopped at step {step} of {total_steps}")
         self.step, self.total_steps = step, total_steps
 
 
-class SearchFolder:
+class RunFolder:
     """A folder with a log, one JSON record a line, and a checkpoint, replaced as a whole or not at all."""
+
+    kind: ClassVar[str]
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -29,14 +31,14 @@ class SearchFolder:
         self.checkpoint = self.path / "checkpoint.pt"
 
     def create(self) -> None:
-        """Make the folder, for a new search.
+        """Make the folder, for a new run.
 
         Raises:
-            FileExistsError: when it already holds a search.
+            FileExistsError: when it already holds a checkpoint.
             OSError: when it cannot be written to.
         """
         if self.checkpoint.exists():
-            raise FileExistsError(f"output must be a folder without a search, got {self.path} with one")
+            raise FileExistsError(f"output must be a folder without a checkpoint, got {self.path} with one")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
@@ -63,7 +65,7 @@ class SearchFolder:
         beside = self.checkpoint.with_suffix(".new")
         try:
             with beside.open("wb") as file:
-                torch.save({**state, "log_bytes": self.log.stat().st_size}, file)
+                torch.save({**state, "kind": self.kind, "log_bytes": self.log.stat().st_size}, file)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(self.checkpoint)
@@ -75,18 +77,21 @@ class SearchFolder:
 
         Raises:
             FileNotFoundError: when there is none.
-            ValueError: when it is damaged or no checkpoint of a search.
+            ValueError: when it is damaged or no checkpoint of this kind.
         """
         if not self.checkpoint.is_file():
-            raise FileNotFoundError(f"output must hold the checkpoint of a search, got {self.path} without")
+            raise FileNotFoundError(
+                f"output must hold the checkpoint of a {self.kind}, got {self.path} without"
+            )
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(
                 f"checkpoint must be whole, got {self.checkpoint} ({type(error).__name__})"
             ) from None
-        if not isinstance(state, dict) or not state.keys() >= {"settings", "model", "position", "log_bytes"}:
-            raise ValueError(f"checkpoint must be that of a search, got {self.checkpoint}")
+        known = isinstance(state, dict) and state.keys() >= {"settings", "model", "position", "log_bytes"}
+        if not known or state.get("kind", "search") != self.kind:
+            raise ValueError(f"checkpoint must be that of a {self.kind}, got {self.checkpoint}")
         return state
 
     def rewind(self, state: Mapping[str, Any]) -> None:
@@ -102,34 +107,46 @@ class SearchFolder:
             file.truncate(state["log_bytes"])
 
 
+class SearchFolder(RunFolder):
+    """The folder of a search."""
+
+    kind = "search"
+
+
+class TrainingFolder(RunFolder):
+    """The folder of a training."""
+
+    kind = "training"
+
+
 def run(
-    search: Search,
-    folder: SearchFolder,
+    loop: EpochLoop[Any],
+    folder: RunFolder,
     *,
     extra: Mapping[str, Any],
     watch: Callable[[Record], None],
     should_stop: Callable[[], bool],
 ) -> None:
-    """Run a search to its end, with a line in the log for each record and a checkpoint each epoch.
+    """Run a loop to its end, with a line in the log for each record and a checkpoint each epoch.
 
     Args:
-        extra: entries that every checkpoint carries besides the state of the search.
+        extra: entries that every checkpoint carries besides the state of the loop.
         watch: called with every record, ticks included.
         should_stop: asked after every record; when true, the checkpoint is saved at this very step.
 
     Raises:
-        SearchStopped: when ``should_stop`` said so.
+        Stopped: when ``should_stop`` said so.
         OSError: when log or checkpoint cannot be written; the last checkpoint is then as it was.
     """
-    for record in search.run():
+    for record in loop.run():
         if record["kind"] != "tick":
             folder.write(record)
         watch(record)
         stop = should_stop() and record["kind"] != "end"
         if stop or record["kind"] == "epoch":
-            folder.save({**search.state_dict(), **extra})
+            folder.save({**loop.state_dict(), **extra})
         if stop:
-            raise SearchStopped(search.step, search.total_steps)
+            raise Stopped(loop.step, loop.total_steps)
 
 
 def _finite(value: Any) -> Any:

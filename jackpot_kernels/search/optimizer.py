@@ -18,7 +18,8 @@ from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.ops.score_update import score_update_
 from jackpot_kernels.ops.swap import PAIRS, new_workspace, swap_
-from jackpot_kernels.search.schedule import Schedule, ramp_table, rate_table, step_table
+from jackpot_kernels.search.compat import AUTHORS, COMPAT, swap_unless_tied_
+from jackpot_kernels.search.schedule import Schedule, constant, ramp_table, rate_table, step_table
 
 SCOPES = ("layer", "global")
 
@@ -64,6 +65,9 @@ class SRPopup(torch.optim.Optimizer):
         ramp: "cubic", "linear", or a function of the share of the ramp that has passed, falling to 0.
         ramp_end: when the ramp has ended, as a fraction of the search in (0, 1].
         swap_every: swap at every so many steps, and at the last.
+        compat: "authors" does as their released code: the rate is 1 at every step, whatever ``schedule`` is,
+            and a segment swaps nothing while its K-th and (K+1)-th highest scores are equal. Each step then
+            waits for the device.
         seed: for ``pairs="random"``.
 
     Raises:
@@ -93,11 +97,17 @@ class SRPopup(torch.optim.Optimizer):
         ramp: str | Schedule = "cubic",
         ramp_end: float = 0.5,
         swap_every: int = 1,
+        compat: str | None = None,
         seed: int = 0,
     ) -> None:
         require_choice("scope", scope, SCOPES)
         require_choice("pairs", pairs, PAIRS)
         _require_seed(seed)
+        if compat is not None:
+            require_choice("compat", compat, COMPAT)
+            if final_sparsity is not None:
+                raise ValueError(f"final_sparsity must be None with compat {compat!r}, got {final_sparsity}")
+            schedule = constant
         rates, ramps = rate_table(schedule, total_steps), ramp_table(ramp, total_steps, ramp_end)
         layers = _searchable_layers(model)
         if params is None:
@@ -114,7 +124,7 @@ class SRPopup(torch.optim.Optimizer):
             "scope": scope,
             "pairs": pairs,
             "seed": seed,
-            "schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "function"),
+            "schedule": AUTHORS if compat else _name_of(schedule),
             "total_steps": len(rates),
             "table": step_table(rates, ramps, swap_every),  # [T, 2]
             "num_kept": num_kept.sum(0, keepdim=True) if scope == "global" else num_kept,  # [S, 2]
@@ -186,15 +196,16 @@ class SRPopup(torch.optim.Optimizer):
             workspace=self._workspace,
             joint=self._joint,
         )
-        cached = self._cached()
-        self._stats = swap_(
+        kept = [layer.patchable_effective_weight for layer in layers]
+        swap = swap_unless_tied_ if search["schedule"] == AUTHORS else swap_
+        self._stats = swap(
             self._scores,
             words,
             search["num_kept"],
             search["table"],
             search["control"],
             weights=[parameters["weight"] for parameters, _ in self._tensors],
-            effective=[self._no_tensor if weight is None else weight for weight in cached],
+            effective=[self._no_tensor if weight is None else weight for weight in kept],
             joint=self._joint,
             pairs=search["pairs"],
             seed=search["seed"],
@@ -431,6 +442,10 @@ def _require_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an int, got {type(seed).__name__}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+
+
+def _name_of(schedule: str | Schedule) -> str:
+    return schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "function")
 
 
 def _searchable_layers(model: nn.Module) -> dict[str, MaskedLayer]:

@@ -1,16 +1,20 @@
-"""What a search does, apart from its model, data and device."""
+"""What a search and a training do, apart from model, data and device."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jackpot_kernels._validate import require_choice
 from jackpot_kernels.budgets import BUDGETS, num_pruned
 from jackpot_kernels.criteria import CRITERIA
 from jackpot_kernels.ops.swap import PAIRS
+from jackpot_kernels.search.compat import COMPAT
 from jackpot_kernels.search.optimizer import SCOPES
 from jackpot_kernels.search.schedule import SCHEDULES
 
+METHODS = ("sr-popup", "supermask")
 NORMALIZATIONS = ("stats", "frozen", "recalibrate")
+LR_SCHEDULES = ("steps", "cosine")
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,16 @@ class SearchSettings:
     """Settings of a search; the defaults are those of the paper for CIFAR.
 
     Args:
+        method: "sr-popup", or "supermask" (see ``Supermask``), which has no schedule, pairs or compat.
+        compat: "authors" searches as their released code does; see ``SRPopup``.
         normalization: what batch normalisation does. "stats": its running statistics move with training;
             "frozen": it keeps and uses those of the dense network; "recalibrate": as "stats", and they are
             estimated anew before each evaluation.
         random_scores: start as edge-popup does, from random scores and the mask that they give; the budgets
             are still those of ``criterion``.
         amp: autocast to bfloat16; scores stay float32.
+        channels_last: keep the weights of convolutions in that memory format.
+        evaluate_every: epochs from one evaluation on the test set to the next; the last epoch always has one.
         log_every: steps from one step record to the next.
         workers: processes that load a data set which is not held in tensors.
 
@@ -36,11 +44,13 @@ class SearchSettings:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    method: str = "sr-popup"
     criterion: str = "magnitude"
     budget: str = "global"
     scope: str = "layer"
     schedule: str = "quartic"
     pairs: str = "best"
+    compat: str | None = None
     eta: float = 0.99
     keep_last_dense: bool = True
     normalization: str = "stats"
@@ -49,20 +59,77 @@ class SearchSettings:
     seed: int = 0
     log_every: int = 10
     workers: int = 0
+    evaluate_every: int = 1
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         num_pruned(self.sparsity, 0)
-        for name, least in {"epochs": 1, "batch_size": 1, "log_every": 1, "workers": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        _require_common(self)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
+        require_choice("method", self.method, METHODS)
+        if self.compat is not None:
+            require_choice("compat", self.compat, COMPAT)
+        self._require_meaning()
         require_choice("criterion", self.criterion, CRITERIA)
         require_choice("budget", self.budget, BUDGETS)
         require_choice("scope", self.scope, SCOPES)
         require_choice("schedule", self.schedule, SCHEDULES)
         require_choice("pairs", self.pairs, PAIRS)
         require_choice("normalization", self.normalization, NORMALIZATIONS)
+
+    def _require_meaning(self) -> None:
+        """Refuse settings that the method does not have."""
+        for name in ("schedule", "pairs", "compat"):
+            value, default = getattr(self, name), getattr(SearchSettings, name)
+            if self.method == "supermask" and value != default:
+                raise ValueError(f"{name} must be left at {default} with method 'supermask', got {value!r}")
+        if self.compat is not None and self.schedule != SearchSettings.schedule:
+            raise ValueError(
+                f"schedule must be left at {SearchSettings.schedule} with compat, got {self.schedule!r}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of a dense training or a fine-tuning; the defaults are the usual recipe for CIFAR.
+
+    Args:
+        nesterov: use Nesterov's momentum, as ``torch.optim.SGD`` defines it.
+        schedule: of the learning rate by epoch: "steps" divides it by 10 after a half and after three
+            quarters of the epochs, "cosine" lets it fall towards 0.
+        amp: autocast to bfloat16; parameters stay float32.
+
+    The others are those of ``torch.optim.SGD`` and ``SearchSettings``.
+    """
+
+    epochs: int = 160
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    schedule: str = "steps"
+    amp: bool = False
+    channels_last: bool = False
+    seed: int = 0
+    evaluate_every: int = 1
+    log_every: int = 10
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require_common(self)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("momentum must be above 0 for nesterov, got 0")
+        require_choice("schedule", self.schedule, LR_SCHEDULES)
+
+
+def _require_common(settings: Any) -> None:
+    """Check what searches and trainings have in common."""
+    least = {"epochs": 1, "batch_size": 1, "log_every": 1, "workers": 0, "seed": 0, "evaluate_every": 1}
+    for name, low in least.items():
+        if getattr(settings, name) < low:
+            raise ValueError(f"{name} must be at least {low}, got {getattr(settings, name)}")
+    for name in ("lr", "momentum", "weight_decay"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {getattr(settings, name)}")

@@ -1,0 +1,58 @@
+"""The swap as the authors' released code makes it, where it differs from the paper."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jackpot_kernels.ops.effective_weight import effective_weight
+from jackpot_kernels.ops.swap import swap_
+from jackpot_kernels.ops.threshold import threshold
+
+COMPAT = ("authors",)
+
+# What the optimizer's state calls their schedule; no function can have this name.
+AUTHORS = "compat=authors"
+
+
+def swap_unless_tied_(
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    num_kept: Tensor,
+    *args: Any,
+    weights: Sequence[Tensor],
+    effective: Sequence[Tensor],
+    joint: bool,
+    **options: Any,
+) -> Tensor:
+    """Do as ``swap_`` does, but swap nothing in a segment whose scores tie at the threshold.
+
+    The released code counts leaving weights as those at or below the (K+1)-th highest score and entering ones
+    as those above it. When the K-th equals the (K+1)-th these counts differ, and it drops every swap of the
+    layer.
+
+    Args and Returns are those of ``swap_``; ``num_kept`` does not fall. This waits for the device.
+    """
+    before = [mask.clone() for mask in words]
+    stats = swap_(
+        scores, words, num_kept, *args, weights=weights, effective=effective, joint=joint, **options
+    )
+    tied = _tied(scores, num_kept[:, 0], joint)
+    stats[tied, 1:3] = 0
+    for i in range(len(scores)):
+        if tied[0 if joint else i]:
+            words[i].copy_(before[i])
+            if effective[i].numel():
+                effective[i].copy_(effective_weight(weights[i], words[i], effective[i].dtype))
+    return stats
+
+
+def _tied(scores: Sequence[Tensor], num_kept: Tensor, joint: bool) -> Tensor:
+    """Tell for each segment, on the CPU, whether the K-th and the (K+1)-th highest score are equal."""
+    values, _ = threshold(scores, num_kept, joint)
+    segment = [0 if joint else i for i in range(len(scores))]
+    reached = torch.zeros_like(num_kept)
+    for s, tensor in zip(segment, scores, strict=True):
+        reached[s] += (tensor >= values[s]).sum()
+    return (reached > num_kept).cpu()
