@@ -8,10 +8,18 @@ from importlib.metadata import version
 
 from jackpot_kernels.convert import convert, finalize, masked_layers, overlap, sparsity
 from jackpot_kernels.files import load_jackpot, save_jackpot
-from jackpot_kernels.functional import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
+from jackpot_kernels.functional import (
+    masked_conv1d,
+    masked_conv2d,
+    masked_conv2d_score_grad_,
+    masked_conv3d,
+    masked_linear,
+    masked_linear_score_grad_,
+)
 from jackpot_kernels.initialize import initialize
 from jackpot_kernels.layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
 from jackpot_kernels.normalization import freeze_statistics, recalibrate
+from jackpot_kernels.ops.dispatch import use_backend
 from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
 from jackpot_kernels.ops.swap import swap_
 from jackpot_kernels.ops.threshold import threshold
@@ -33,9 +41,11 @@ __all__ = [
     "load_jackpot",
     "masked_conv1d",
     "masked_conv2d",
+    "masked_conv2d_score_grad_",
     "masked_conv3d",
     "masked_layers",
     "masked_linear",
+    "masked_linear_score_grad_",
     "overlap",
     "pack_mask",
     "recalibrate",
@@ -44,4 +54,5 @@ __all__ = [
     "swap_",
     "threshold",
     "unpack_mask",
+    "use_backend",
 ]

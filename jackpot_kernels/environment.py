@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from jackpot_kernels import _extension
+from jackpot_kernels.kernels.availability import interpreting, why_not
+from jackpot_kernels.kernels.tuning import cache_facts
 
 
 def environment() -> dict[str, Any]:
@@ -19,7 +21,8 @@ def environment() -> dict[str, Any]:
     Returns:
         A dict that JSON can hold: ``versions`` (package to version), ``extension`` (``path`` and what it was
         built from), ``cpu`` (``machine``, ``capability``, ``threads``), ``cuda`` (``torch_built_for``,
-        ``available``, ``devices``) and ``backends`` (name to where it runs, or why it does not).
+        ``available``, ``devices``), ``backends`` (name to where it runs, or why it does not) and ``tuning``
+        (``path`` of the kernels' tuning cache, number of ``entries``, ``devices`` that were timed).
     """
     probes: dict[str, Callable[[], Any]] = {
         "versions": _versions,
@@ -27,6 +30,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu,
         "cuda": _cuda,
         "backends": _backends,
+        "tuning": cache_facts,
     }
     return {name: _guarded(probe) for name, probe in probes.items()}
 
@@ -74,6 +78,13 @@ def _backends() -> dict[str, str]:
     without = "runs on cpu, not on cuda: the extension was built without CUDA kernels"
     return {
         "dense": without if cuda and not _extension.build_facts()["cuda_archs"] else here,
-        "fused": "does not run: this version has no Triton kernels",
+        "fused": _guarded(_fused),
         "reference": here,
     }
+
+
+def _fused() -> str:
+    reason = why_not(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason:
+        return f"does not run: {reason}"
+    return "runs on cpu and cuda, in Triton's interpreter" if interpreting() else "runs on cuda"

@@ -19,7 +19,7 @@ from jackpot_kernels._validate import (
 )
 from jackpot_kernels.ops import masked_conv as conv_op
 from jackpot_kernels.ops import masked_linear as linear_op
-from jackpot_kernels.ops.masked import choose_backend
+from jackpot_kernels.ops.dispatch import choose_backend
 from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
 
 
@@ -42,8 +42,8 @@ def masked_linear(
         scores: float32; its values do not matter here, its gradient is float32.  # [M, K]
         mask: bool, or the int32 words of ``pack_mask``.  # [M, K] or [ceil(M * K / 32)]
         bias: the dtype of ``weight``.  # [M]
-        backend: "auto", "dense" (effective weight and the library's matmul), "reference" (plain PyTorch) or
-            "fused".
+        backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's matmul), "fused"
+            (Triton, the mask applied in registers) or "reference" (plain PyTorch).
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.linear``.  # [..., M]
@@ -51,9 +51,49 @@ def masked_linear(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device or backend does not fit.
+        RuntimeError: "fused" cannot run here.
     """
     words = _require_words(weight, scores, mask, 2)
     return linear(x, weight, scores, words, None, bias, backend)
+
+
+def masked_linear_score_grad_(
+    grad_scores: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    accumulate: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Add the score gradient of a masked matmul to ``grad_scores`` in place, and return it.
+
+    dL/dscores = (grad.T @ x) * weight (Eq. 6, 18); "fused" multiplies and adds before anything is written.
+
+    Args:
+        grad_scores: float32, contiguous.  # [M, K]
+        grad: gradient of the matmul's output; floating.  # [..., M]
+        x: its input; the dtype of ``grad``.  # [..., K]
+        weight: any floating dtype and strides.  # [M, K]
+        accumulate: False writes the gradient over what is there.
+        backend: as of ``masked_linear``; the same sums every time, whichever it is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as of ``masked_linear``.
+    """
+    _require_weight(weight, 2)
+    _require_grad_scores(grad_scores, weight)
+    _require_last("x", x, weight.shape[1])
+    require_dtype("grad", grad, x.dtype)
+    require_shape("grad", grad, [*x.shape[:-1], weight.shape[0]])
+    for name, tensor in (("x", x), ("grad", grad)):
+        require_device(name, tensor, weight.device)
+    backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
+    if backend == "fused":
+        _require_fused_dtypes(x=x, weight=weight)
+    with torch.no_grad():
+        linear_op.score_grad_(grad_scores, grad, x, weight, accumulate, backend)
+    return grad_scores
 
 
 def masked_conv1d(
@@ -105,8 +145,8 @@ def masked_conv2d(
         stride, dilation: one number, or one a dimension.
         padding: the same, in elements of zeros on either side, or "valid" or "same".
         groups: a divisor of I and O.
-        backend: "auto", "dense" (effective weight and the library's convolution), "reference" (plain PyTorch)
-            or "fused".
+        backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's convolution),
+            "fused" (Triton, the mask applied in registers) or "reference" (plain PyTorch).
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.conv2d``.  # [N, O, H', W']
@@ -114,6 +154,7 @@ def masked_conv2d(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, group count, padding or backend does not fit.
+        RuntimeError: "fused" cannot run here.
     """
     words = _require_words(weight, scores, mask, 4)
     return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
@@ -134,12 +175,66 @@ def masked_conv3d(
 ) -> Tensor:
     """Return the convolution of ``x`` with ``weight * mask`` over three dimensions; see ``masked_conv2d``.
 
+    There is no fused kernel for it: ``backend="fused"`` raises, and "auto" is "dense".
+
     Args:
         x: floating, batched or not.  # [N, I, D, H, W] or [I, D, H, W]
         weight: floating.  # [O, I / groups, KD, KH, KW]
     """
     words = _require_words(weight, scores, mask, 5)
     return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
+
+
+def masked_conv2d_score_grad_(
+    grad_scores: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    accumulate: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Add the score gradient of a masked convolution to ``grad_scores`` in place, and return it.
+
+    dL/dscores = G * weight (Eq. 6, 18); "fused" multiplies and adds before anything is written.
+
+    Args:
+        grad_scores: float32, contiguous.  # [O, I / groups, KH, KW]
+        grad: gradient of the convolution's output; floating.  # [N, O, H', W']
+        x: its input; the dtype of ``grad``.  # [N, I, H, W]
+        weight: any floating dtype and memory format.  # [O, I / groups, KH, KW]
+        stride, padding, dilation, groups: as of ``masked_conv2d``, padding as numbers.
+        accumulate: False writes the gradient over what is there.
+        backend: as of ``masked_conv2d``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as of ``masked_conv2d``.
+    """
+    _require_weight(weight, 4)
+    _require_grad_scores(grad_scores, weight)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {_kind(x)}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions, got shape {list(x.shape)}")
+    _require_channels(x, weight, groups)
+    window = [
+        _one_each(*each, 2) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    ]
+    geometry = conv_op.Geometry(*window, groups)
+    require_dtype("grad", grad, x.dtype)
+    require_shape("grad", grad, conv_op.output_shape(x, weight, geometry))
+    for name, tensor in (("x", x), ("grad", grad)):
+        require_device(name, tensor, weight.device)
+    backend = choose_backend("masked_conv", backend, conv_op.KERNELS, x, weight, groups)
+    if backend == "fused":
+        _require_fused_dtypes(x=x, weight=weight)
+    with torch.no_grad():
+        conv_op.score_grad_(grad_scores, grad, x, weight, geometry, accumulate, backend)
+    return grad_scores
 
 
 def linear(
@@ -152,12 +247,11 @@ def linear(
     backend: str,
 ) -> Tensor:
     """Return ``masked_linear`` for a packed mask, and an effective weight in the compute dtype if at hand."""
-    backend = choose_backend(backend, linear_op.KERNELS)
+    backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
     x, bias = _as_compute_dtype(x, weight, bias)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must have {weight.shape[1]} elements in its last dimension, got shape {list(x.shape)}"
-        )
+    _require_last("x", x, weight.shape[1])
+    if backend == "fused":
+        _require_fused_dtypes(x=x)
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         return reference.masked_linear(x, weight, scores, mask, bias)
@@ -181,7 +275,7 @@ def convolution(
     backend: str,
 ) -> Tensor:
     """Return the convolution for a packed mask, and an effective weight in the compute dtype if at hand."""
-    backend = choose_backend(backend, conv_op.KERNELS)
+    backend = choose_backend("masked_conv", backend, conv_op.KERNELS, x, weight, groups)
     x, bias = _as_compute_dtype(x, weight, bias)
     _require_channels(x, weight, groups)
     batched = x.dim() == weight.dim()
@@ -191,6 +285,12 @@ def convolution(
     if isinstance(padding, str):
         x, padding = _pad(x, weight, stride, padding, dilation)
     window = (stride, _one_each("padding", padding, spatial), dilation, groups)
+    if backend == "fused":
+        _require_fused_dtypes(x=x)
+        if spatial == 3:
+            raise ValueError(
+                'weight must have one or two window dimensions for backend="fused", got three: use "dense"'
+            )
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         y = reference.masked_conv(x, weight, scores, mask, bias, *window)
@@ -231,12 +331,7 @@ def _as_compute_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 def _require_words(weight: Tensor, scores: Tensor, mask: Tensor, dims: int) -> Tensor:
     """Check what belongs to the weight, and return the mask as words."""
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
-    if weight.dim() != dims or weight.numel() == 0:
-        raise ValueError(
-            f"weight must have {dims} dimensions, none of them empty, got shape {list(weight.shape)}"
-        )
+    _require_weight(weight, dims)
     require_dtype("scores", scores, torch.float32)
     require_shape("scores", scores, weight.shape)
     require_device("scores", scores, weight.device)
@@ -249,6 +344,39 @@ def _require_words(weight: Tensor, scores: Tensor, mask: Tensor, dims: int) -> T
     require_shape("mask as words", mask, [num_words(weight.numel())])
     require_contiguous("mask as words", mask)
     return mask
+
+
+def _require_weight(weight: Tensor, dims: int) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"weight must be a floating-point tensor, got {_kind(weight)}")
+    if weight.dim() != dims or weight.numel() == 0:
+        raise ValueError(
+            f"weight must have {dims} dimensions, none of them empty, got shape {list(weight.shape)}"
+        )
+
+
+def _require_grad_scores(grad_scores: Tensor, weight: Tensor) -> None:
+    require_dtype("grad_scores", grad_scores, torch.float32)
+    require_shape("grad_scores", grad_scores, weight.shape)
+    require_device("grad_scores", grad_scores, weight.device)
+    require_contiguous("grad_scores", grad_scores)
+
+
+def _require_last(name: str, tensor: Tensor, size: int) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {_kind(tensor)}")
+    if tensor.dim() == 0 or tensor.shape[-1] != size:
+        raise ValueError(
+            f"{name} must have {size} elements in its last dimension, got shape {list(tensor.shape)}"
+        )
+
+
+def _require_fused_dtypes(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(
+                f'{name} must be float32, bfloat16 or float16 for backend="fused", got {_kind(tensor)}'
+            )
 
 
 def _kind(value: object) -> str:

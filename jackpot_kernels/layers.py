@@ -1,6 +1,6 @@
 """Layers whose weight stands still while a mask over it is searched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from jackpot_kernels._validate import require_dtype, require_shape
 from jackpot_kernels.functional import compute_dtype, convolution, linear
+from jackpot_kernels.ops import masked_conv, masked_linear
+from jackpot_kernels.ops.dispatch import choose_backend
 from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
 
@@ -21,7 +23,9 @@ class MaskedLayer(nn.Module):
     ``weight`` has any floating dtype and memory format. ``scores`` is a float32 Parameter, ``mask_words`` the
     packed mask, both in logical row-major order; neither changes with the layer's dtype or memory format.
 
-    ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time.
+    ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time. With "dense" the
+    layer keeps ``weight * mask`` in the compute dtype, with "fused" nothing, or ``weight`` in the compute
+    dtype where that is not its own.
     """
 
     backend: str = "auto"
@@ -30,16 +34,22 @@ class MaskedLayer(nn.Module):
     scores: nn.Parameter
     mask_words: Tensor
 
-    # The plain class, and those of its arguments that it keeps as attributes.
+    # The plain class, those of its arguments that it keeps as attributes; the operation and its kernels.
     _plain: ClassVar[type[nn.Module]]
     _arguments: ClassVar[tuple[str, ...]]
+    _operation: ClassVar[str]
+    _kernels: ClassVar[Collection[str]]
 
     # The effective weight is built when a forward pass first needs it, and again when weight or mask are not
     # the tensors, in the state, that it was built from. Whoever patches it together with the mask, as the
-    # optimizer does at each step, calls `mark_patched` to say that it is up to date.
+    # optimizer does at each step, calls `mark_patched` to say that this write brought both along.
     _effective: Tensor | None = None
     _built_from: tuple[Tensor | None, Tensor | None] = (None, None)
     _built_at: tuple[int, ...] = ()
+
+    # What the fused kernels read where the compute dtype is not the weight's, and what it was cast from.
+    _cast: Tensor | None = None
+    _cast_from: tuple[Tensor | None, int, int] = (None, 0, 0)
 
     @classmethod
     def from_dense(cls: type[Layer], module: nn.Module) -> Layer:
@@ -130,16 +140,26 @@ class MaskedLayer(nn.Module):
 
     @property
     def cached_effective_weight(self) -> Tensor | None:
-        """The effective weight to patch in place together with the mask; None if none is kept up to date."""
+        """The effective weight that is kept; None if none is kept up to date."""
         if self._effective is not None and not self._is_fresh(*self._sources()):
             self._effective = None
         return self._effective
 
+    @property
+    def patchable_effective_weight(self) -> Tensor | None:
+        """The effective weight to patch in place together with the mask, up to date or not; None if none is kept.
+
+        At every step and layer it would take too long to ask whether it is up to date: the next forward pass
+        does, and builds one that is not anew.
+        """
+        return self._effective
+
     def mark_patched(self) -> None:
-        """Say that ``mask_words`` and ``cached_effective_weight`` were just patched to the same new mask."""
+        """Say that one write took ``mask_words`` and ``patchable_effective_weight`` to the same new mask."""
         if self._effective is not None:
-            # At every step and layer: the module's own way of setting an attribute takes ten times as long.
-            self.__dict__["_built_at"] = _state(*self._sources())
+            weight, weight_version, words, words_version = self._built_at
+            # The module's own way of setting an attribute takes ten times as long.
+            self.__dict__["_built_at"] = (weight, weight_version, words, words_version + 1)
 
     def _sources(self) -> tuple[Tensor, Tensor]:
         """Return weight and mask words, read past the module's slower way of finding them."""
@@ -149,14 +169,42 @@ class MaskedLayer(nn.Module):
         old_weight, old_words = self._built_from
         return weight is old_weight and words is old_words and self._built_at == _state(weight, words)
 
-    def _kept_or_none(self) -> Tensor | None:
-        """Return what the kernel may use; a weight that is not frozen changes, and is masked anew there."""
-        if self.weight.requires_grad or self.backend not in ("auto", "dense"):
+    def _prepare(self, x: Tensor, groups: int = 1) -> tuple[str, Tensor | None]:
+        """Return the backend of a forward pass, and what its kernel may use besides weight and mask.
+
+        A weight that is not frozen changes, and is masked or cast anew there.
+        """
+        backend = choose_backend(self._operation, self.backend, self._kernels, x, self.weight, groups)
+        if self.weight.requires_grad or backend == "reference":
+            return backend, None
+        if backend == "dense":
+            return backend, self.effective_weight()
+        if self._effective is not None and not torch.compiler.is_compiling():
+            self._effective = None
+        return backend, self._cast_weight()
+
+    def _cast_weight(self) -> Tensor | None:
+        """Return the weight in the compute dtype, kept as the effective weight is; None if it has that."""
+        weight, kept = self.weight, self._cast
+        dtype = compute_dtype(weight)
+        if weight.dtype == dtype:
             return None
-        return self.effective_weight()
+        compiling = torch.compiler.is_compiling()
+        if kept is not None and kept.dtype == dtype:
+            source, address, version = self._cast_from
+            if compiling or (
+                source is weight and (address, version) == (weight.data_ptr(), _version(weight))
+            ):
+                return kept
+        if compiling:
+            return weight.to(dtype)
+        with torch.inference_mode(False):
+            self._cast = made = weight.detach().to(dtype)
+        self._cast_from = weight, weight.data_ptr(), _version(weight)
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._effective = None
+        self._effective = self._cast = None
         exact = {id(self.scores), id(self.scores.grad), id(self.mask_words)}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -170,7 +218,7 @@ class MaskedLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        self._effective = None
+        self._effective = self._cast = None
         scores, words = state_dict.get(prefix + "scores"), state_dict.get(prefix + "mask_words")
         state_dict = dict(state_dict)
         # With assign=True the tensors themselves become the layer's.
@@ -184,8 +232,9 @@ class MaskedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles rebuild the effective weight when they need it.
-        return super().__getstate__() | {"_effective": None, "_built_from": (None, None)}
+        # Copies and pickles rebuild what is kept when they need it.
+        made = {"_effective": None, "_built_from": (None, None), "_cast": None, "_cast_from": (None, 0, 0)}
+        return super().__getstate__() | made
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -193,10 +242,11 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     _plain = nn.Linear
     _arguments = ("in_features", "out_features")
+    _operation, _kernels = "masked_linear", masked_linear.KERNELS
 
     def forward(self, x: Tensor) -> Tensor:
-        effective = self._kept_or_none()
-        return linear(x, self.weight, self.scores, self.mask_words, effective, self.bias, self.backend)
+        backend, kept = self._prepare(x)
+        return linear(x, self.weight, self.scores, self.mask_words, kept, self.bias, backend)
 
 
 class _MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
@@ -212,24 +262,26 @@ class _MaskedConv(MaskedLayer, nn.modules.conv._ConvNd):
         "groups",
         "padding_mode",
     )
+    _operation, _kernels = "masked_conv", masked_conv.KERNELS
 
     def forward(self, x: Tensor) -> Tensor:
         padding: str | int | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        backend, kept = self._prepare(x, self.groups)
         return convolution(
             x,
             self.weight,
             self.scores,
             self.mask_words,
-            self._kept_or_none(),
+            kept,
             self.bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
-            self.backend,
+            backend,
         )
 
 

@@ -5,9 +5,11 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from triton import knobs
 
 from jackpot_kernels import _extension
 from jackpot_kernels.environment import environment
+from jackpot_kernels.kernels import availability
 
 
 def test_facts_are_those_of_this_process():
@@ -18,6 +20,7 @@ def test_facts_are_those_of_this_process():
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cuda"]["available"] == torch.cuda.is_available()
     assert set(facts["backends"]) == {"dense", "fused", "reference"}
+    assert set(facts["tuning"]) == {"path", "entries", "devices"}
     assert json.loads(json.dumps(facts)) == facts
 
 
@@ -51,6 +54,19 @@ def test_backends_say_where_they_run(monkeypatch):
     assert backends["reference"] == "runs on cpu and cuda"
     built = bool(_extension.build_facts()["cuda_archs"])
     assert backends["dense"].startswith("runs on cpu and cuda" if built else "runs on cpu, not on cuda: ")
+
+
+def test_fused_says_where_it_runs_or_why_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    assert environment()["backends"]["fused"] == "runs on cpu and cuda, in Triton's interpreter"
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    assert environment()["backends"]["fused"].startswith("does not run: it needs CUDA tensors")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert environment()["backends"]["fused"] == "runs on cuda"
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    assert environment()["backends"]["fused"].startswith("does not run: triton is not installed")
 
 
 def test_failed_probe_leaves_the_others(monkeypatch):

@@ -12,6 +12,7 @@ CSRC = ROOT / "csrc"
 
 STAGES = (
     {"_extension", "_validate", "reference"},
+    {"kernels"},
     {"ops"},
     {"functional"},
     {"layers"},

@@ -247,7 +247,6 @@ ERRORS = [
     ({"weight": torch.ones(5, 0)}, ValueError, "weight must have 2 dimensions, none of them empty"),
     ({"weight": torch.ones(5, 9).int()}, TypeError, "weight must be a floating-point tensor, got int32"),
     ({"backend": "fast"}, ValueError, "backend must be one of auto, fused, dense, reference, got 'fast'"),
-    ({"backend": "fused"}, ValueError, "backend must be one of auto, dense, reference here, got 'fused'"),
 ]
 
 

@@ -1,12 +1,11 @@
-"""What the masked matmul and the masked convolution share: backends, and gradients behind the weight."""
+"""What the masked matmul and the masked convolution share: gradients behind the weight, and registration."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_choice
 from jackpot_kernels.ops.effective_weight import effective_weight
 
 _LIBRARY = torch.library.Library("jackpot", "FRAGMENT")
@@ -14,22 +13,10 @@ _LIBRARY = torch.library.Library("jackpot", "FRAGMENT")
 # Of x, weight, scores and bias; None where nobody asked.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-BACKENDS = ("auto", "fused", "dense", "reference")
 
-
-def choose_backend(backend: str, available: Collection[str]) -> str:
-    """Return the backend to use, with ``auto`` decided.
-
-    Raises:
-        ValueError: ``backend`` is unknown, or not among ``available``.
-    """
-    if backend == "auto":
-        return "dense"
-    if backend == "reference" or backend in available:
-        return backend
-    require_choice("backend", backend, BACKENDS)
-    names = ", ".join(("auto", *available, "reference"))
-    raise ValueError(f"backend must be one of {names} here, got {backend!r}: its Triton kernels are missing")
+def cast_weight(weight: Tensor, kept: Tensor | None, x: Tensor) -> Tensor:
+    """Return the weight in the dtype of x, which a layer may have kept."""
+    return weight.to(x.dtype) if kept is None else kept
 
 
 def weight_gradients(
@@ -84,10 +71,16 @@ def once(name: str, grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple
     return marked
 
 
-def register(schema: str, kernel: Callable[..., Any]) -> None:
-    """Register an operator whose code on every device, and on none, is one function of other operators."""
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Register an operator whose code is the same function on CPU and CUDA.
+
+    Args:
+        schema: of the operator, its name first.
+        kernel: its code.
+        fake: what it returns, without values; the kernel itself where that is made of other operators.
+    """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, device)
-    torch.library.register_fake(f"jackpot::{name}", kernel, lib=_LIBRARY)
+    torch.library.register_fake(f"jackpot::{name}", fake or kernel, lib=_LIBRARY)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Gradients, once, register, weight_gradients
+from jackpot_kernels.ops.masked import Gradients, cast_weight, once, register, weight_gradients
 
 
 class Geometry(NamedTuple):
@@ -69,7 +69,107 @@ def _dense_backward(
     return dx, *weight_gradients(grad_weight, weight, words, needs_weight, needs_scores), dbias
 
 
-KERNELS = {"dense": (_dense, _dense_backward)}
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    effective_weight: Tensor | None,
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    cast = cast_weight(weight, effective_weight, x)
+    (x, cast), window = _as_images(geometry, x, cast)
+    y: Tensor = torch.ops.jackpot.masked_conv_fused(x, cast, words, bias, *window)
+    return y.squeeze(2) if weight.dim() == 3 else y
+
+
+def _fused_backward(
+    grad: Tensor,  # [N, O, ...]
+    x: Tensor,  # [N, I, ...]
+    weight: Tensor,  # [O, I / groups, ...]
+    words: Tensor,
+    effective_weight: Tensor | None,
+    geometry: Geometry,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_x, needs_weight, needs_scores, needs_bias = needs
+    cast, shape = cast_weight(weight, effective_weight, x), weight.shape
+    (grad, x, weight, cast), window = _as_images(geometry, grad, x, weight, cast)
+    dx = dweight = dscores = None
+    if needs_x:
+        dx = torch.ops.jackpot.masked_conv_fused_input_grad(
+            grad, cast, words, x.shape, _is_channels_last(x), *window
+        )
+        dx = dx.squeeze(2) if len(shape) == 3 else dx
+    if needs_weight or needs_scores:
+        dweight, dscores = (
+            None if g is None else g.view(shape)
+            for g in torch.ops.jackpot.masked_conv_fused_weight_grads(
+                grad, x, weight, words, (needs_weight, needs_scores), *window
+            )
+        )
+    return dx, dweight, dscores, grad.sum((0, 2, 3)) if needs_bias else None
+
+
+def output_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return the shape of the convolution.
+
+    Raises:
+        ValueError: the window is larger than ``x`` with its padding.
+    """
+    stride, padding, dilation, _ = geometry
+    window = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in window]
+    torch._check_value(
+        all(size > 0 for size in sizes),
+        lambda: f"x must be as large as the window with its padding, got shape {list(x.shape)}",
+    )
+    return x.shape[0], weight.shape[0], *sizes
+
+
+def score_grad_(
+    grad_scores: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    accumulate: bool,
+    backend: str,
+) -> None:
+    """Add the score gradient ``G * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
+    if backend == "fused":
+        (grad_scores, grad, x, weight), window = _as_images(geometry, grad_scores, grad, x, weight)
+        torch.ops.jackpot.masked_conv_fused_score_grad_(grad_scores, grad, x, weight, accumulate, *window)
+        return
+    stride, padding, dilation, groups = geometry
+    none = [0] * len(stride)
+    grad_weight = torch.ops.aten.convolution_backward.default(
+        grad,
+        x,
+        weight.to(x.dtype),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        none,
+        groups,
+        [False, True, False],
+    )[1]
+    if not accumulate:
+        grad_scores.zero_()
+    grad_scores.addcmul_(grad_weight.float(), weight.float())
+
+
+def _as_images(geometry: Geometry, *tensors: Tensor) -> tuple[list[Tensor], Geometry]:
+    """Return a convolution of two dimensions that stands for one of one dimension."""
+    stride, padding, dilation, groups = geometry
+    if len(stride) == 2:
+        return list(tensors), geometry
+    return [t.unsqueeze(2) for t in tensors], Geometry((1, *stride), (0, *padding), (1, *dilation), groups)
+
+
+KERNELS = {"dense": (_dense, _dense_backward), "fused": (_fused, _fused_backward)}
 
 
 def masked_conv(
@@ -92,7 +192,8 @@ def masked_conv(
         weight: any floating dtype and memory format.  # [O, I / groups, ...]
         scores: float32; only its gradient matters here.  # [O, I / groups, ...]
         words: packed mask, int32.  # [ceil(numel / 32)]
-        effective_weight: ``weight * mask`` in the dtype of ``x``; made anew where it is None.
+        effective_weight: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself,
+            ``weight`` in that dtype; made anew where it is None.
         bias: the dtype of ``x``.  # [O]
         stride, padding, dilation: one number a dimension; zeros are padded on both sides.
         groups: a divisor of I and O.
@@ -159,4 +260,188 @@ register(
 )
 torch.library.register_autograd(
     "jackpot::masked_conv", MaskedConvFunction.backward, setup_context=MaskedConvFunction.setup_context
+)
+
+
+def _fused_kernel(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    from jackpot_kernels.kernels.masked_conv import masked_conv_
+    from jackpot_kernels.kernels.masked_linear import masked_matmul
+
+    geometry = Geometry(stride, padding, dilation, groups)
+    if _is_matmul(x, weight, geometry):
+        return _as_planes(masked_matmul(_as_rows(x), weight[:, :, 0, 0], words, bias, transposed=False), x)
+    y = _fused_fake(x, weight, words, bias, stride, padding, dilation, groups)
+    masked_conv_(y, x, weight, words, bias, geometry)
+    return y
+
+
+def _fused_fake(
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    size = output_shape(x, weight, Geometry(stride, padding, dilation, groups))
+    channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    return _new_images(x, size, channels_last)
+
+
+def _input_grad_kernel(
+    grad: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    size: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    from jackpot_kernels.kernels.masked_conv import masked_conv_input_grad_
+    from jackpot_kernels.kernels.masked_linear import masked_matmul
+
+    geometry = Geometry(stride, padding, dilation, groups)
+    if channels_last and _is_matmul(grad, weight, geometry):
+        return _as_planes(
+            masked_matmul(_as_rows(grad), weight[:, :, 0, 0], words, None, transposed=True), grad
+        )
+    dx = _new_images(grad, size, channels_last)
+    masked_conv_input_grad_(dx, grad, weight, words, geometry)
+    return dx
+
+
+def _input_grad_fake(
+    grad: Tensor, weight: Tensor, words: Tensor, size: Sequence[int], channels_last: bool, *_: Any
+) -> Tensor:
+    return _new_images(grad, size, channels_last)
+
+
+def _weight_grads_kernel(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    needs: Sequence[bool],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    geometry = Geometry(stride, padding, dilation, groups)
+    dweight, dscores = _weight_grads_fake(grad, x, weight, words, needs)
+    _write_weight_grads(grad, x, weight, words, dscores, dweight, geometry, False)
+    return dweight, dscores
+
+
+def _weight_grads_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, needs: Sequence[bool], *_: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    needs_weight, needs_scores = needs
+    dweight = weight.new_empty(weight.shape) if needs_weight else None
+    return dweight, weight.new_empty(weight.shape, dtype=torch.float32) if needs_scores else None
+
+
+def _score_grad_kernel(
+    grad_scores: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    accumulate: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    geometry = Geometry(stride, padding, dilation, groups)
+    _write_weight_grads(grad, x, weight, None, grad_scores, None, geometry, accumulate)
+
+
+def _write_weight_grads(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor | None,
+    dscores: Tensor | None,
+    dweight: Tensor | None,
+    geometry: Geometry,
+    accumulate: bool,
+) -> None:
+    from jackpot_kernels.kernels.masked_conv import masked_conv_weight_grads_
+    from jackpot_kernels.kernels.masked_linear import weight_grads_
+
+    if not _is_matmul(x, weight, geometry):
+        masked_conv_weight_grads_(grad, x, weight, words, dscores, dweight, geometry, accumulate)
+        return
+    dscores, dweight = (None if t is None else t[:, :, 0, 0] for t in (dscores, dweight))
+    matrix = weight[:, :, 0, 0]
+    weight_grads_(_as_rows(grad), _as_rows(x), matrix, words, dscores, dweight, None, accumulate)
+
+
+def _is_matmul(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Tell whether the convolution is a matmul of pixels, which lie one after the other, and the weight."""
+    stride, padding, _, groups = geometry
+    alone = weight.shape[2] == weight.shape[3] == 1 and all(s == 1 for s in stride) and not any(padding)
+    if not (alone and groups == 1 and _is_channels_last(x)):
+        return False
+    if x.dtype != torch.float32:
+        return True
+    # PyTorch is told apart how each multiplies float32.
+    convolution = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return bool(convolution == torch.backends.cuda.matmul.fp32_precision)
+
+
+def _as_rows(images: Tensor) -> Tensor:  # [N, C, H, W] -> [N * H * W, C]
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def _as_planes(rows: Tensor, like: Tensor) -> Tensor:  # [N * H * W, C] -> [N, C, H, W], channels_last
+    num_images, _, height, width = like.shape
+    return rows.view(num_images, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+
+
+def _new_images(like: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+_WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
+register(
+    f"masked_conv_fused(Tensor x, Tensor weight, Tensor words, Tensor? bias, {_WINDOW}) -> Tensor",
+    _fused_kernel,
+    _fused_fake,
+)
+register(
+    "masked_conv_fused_input_grad(Tensor grad, Tensor weight, Tensor words, SymInt[] size, "
+    f"bool channels_last, {_WINDOW}) -> Tensor",
+    _input_grad_kernel,
+    _input_grad_fake,
+)
+register(
+    "masked_conv_fused_weight_grads(Tensor grad, Tensor x, Tensor weight, Tensor words, bool[2] needs, "
+    f"{_WINDOW}) -> (Tensor, Tensor)",
+    _weight_grads_kernel,
+    _weight_grads_fake,
+)
+register(
+    "masked_conv_fused_score_grad_(Tensor(a!) grad_scores, Tensor grad, Tensor x, Tensor weight, "
+    f"bool accumulate, {_WINDOW}) -> ()",
+    _score_grad_kernel,
+    lambda *_: None,
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Gradients, once, register, weight_gradients
+from jackpot_kernels.ops.masked import Gradients, cast_weight, once, register, weight_gradients
 
 
 def _dense(
@@ -44,7 +44,50 @@ def _dense_backward(
     return dx, dweight, dscores, rows.sum(0) if needs_bias else None
 
 
-KERNELS = {"dense": (_dense, _dense_backward)}
+def _fused(
+    x: Tensor, weight: Tensor, words: Tensor, effective_weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    cast = cast_weight(weight, effective_weight, x)
+    y: Tensor = torch.ops.jackpot.masked_linear_fused(x, cast, words, bias)
+    return y
+
+
+def _fused_backward(
+    grad: Tensor,  # [..., M]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [M, K]
+    words: Tensor,
+    effective_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_x, needs_weight, needs_scores, needs_bias = needs
+    dx = dweight = dscores = dbias = None
+    if needs_x:
+        cast = cast_weight(weight, effective_weight, x)
+        dx = torch.ops.jackpot.masked_linear_fused_input_grad(grad, cast, words)
+    if needs_weight or needs_scores:
+        dweight, dscores, dbias = torch.ops.jackpot.masked_linear_fused_weight_grads(
+            grad, x, weight, words, needs[1:]
+        )
+    elif needs_bias:
+        dbias = grad.reshape(-1, weight.shape[0]).sum(0)
+    return dx, dweight, dscores, dbias
+
+
+def score_grad_(
+    grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool, backend: str
+) -> None:
+    """Add the score gradient ``(grad.T @ x) * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
+    if backend == "fused":
+        torch.ops.jackpot.masked_linear_fused_score_grad_(grad_scores, grad, x, weight, accumulate)
+        return
+    grad_weight = grad.reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])  # [M, K]
+    if not accumulate:
+        grad_scores.zero_()
+    grad_scores.addcmul_(grad_weight.float(), weight.float())
+
+
+KERNELS = {"dense": (_dense, _dense_backward), "fused": (_fused, _fused_backward)}
 
 
 def masked_linear(
@@ -63,7 +106,8 @@ def masked_linear(
         weight: any floating dtype.  # [M, K]
         scores: float32; only its gradient matters here.  # [M, K]
         words: packed mask, int32.  # [ceil(M * K / 32)]
-        effective_weight: ``weight * mask`` in the dtype of ``x``; made anew where it is None.  # [M, K]
+        effective_weight: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself,
+            ``weight`` in that dtype; made anew where it is None.  # [M, K]
         bias: the dtype of ``x``.  # [M]
         backend: a key of ``KERNELS``.
     """
@@ -120,4 +164,80 @@ register(
 )
 torch.library.register_autograd(
     "jackpot::masked_linear", MaskedLinearFunction.backward, setup_context=MaskedLinearFunction.setup_context
+)
+
+
+def _fused_kernel(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
+    from jackpot_kernels.kernels.masked_linear import masked_matmul
+
+    y = masked_matmul(x.reshape(-1, weight.shape[1]), weight, words, bias, transposed=False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _fused_fake(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _input_grad_kernel(grad: Tensor, weight: Tensor, words: Tensor) -> Tensor:
+    from jackpot_kernels.kernels.masked_linear import masked_matmul
+
+    dx = masked_matmul(grad.reshape(-1, weight.shape[0]), weight, words, None, transposed=True)
+    return dx.view(*grad.shape[:-1], weight.shape[1])
+
+
+def _input_grad_fake(grad: Tensor, weight: Tensor, words: Tensor) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+def _weight_grads_kernel(
+    grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    from jackpot_kernels.kernels.masked_linear import weight_grads_
+
+    dweight, dscores, dbias = _weight_grads_fake(grad, x, weight, words, needs)
+    rows = grad.reshape(-1, weight.shape[0])
+    weight_grads_(rows, x.reshape(-1, weight.shape[1]), weight, words, dscores, dweight, dbias)
+    return dweight, dscores, dbias
+
+
+def _weight_grads_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_weight, needs_scores, needs_bias = needs
+    dweight = weight.new_empty(weight.shape) if needs_weight else None
+    dscores = weight.new_empty(weight.shape, dtype=torch.float32) if needs_scores else None
+    return dweight, dscores, grad.new_empty(weight.shape[0]) if needs_bias else None
+
+
+def _score_grad_kernel(
+    grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool
+) -> None:
+    from jackpot_kernels.kernels.masked_linear import weight_grads_
+
+    rows = grad.reshape(-1, weight.shape[0])
+    inputs = x.reshape(-1, weight.shape[1])
+    weight_grads_(rows, inputs, weight, None, grad_scores, None, None, accumulate)
+
+
+register(
+    "masked_linear_fused(Tensor x, Tensor weight, Tensor words, Tensor? bias) -> Tensor",
+    _fused_kernel,
+    _fused_fake,
+)
+register(
+    "masked_linear_fused_input_grad(Tensor grad, Tensor weight, Tensor words) -> Tensor",
+    _input_grad_kernel,
+    _input_grad_fake,
+)
+register(
+    "masked_linear_fused_weight_grads(Tensor grad, Tensor x, Tensor weight, Tensor words, bool[3] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    _weight_grads_kernel,
+    _weight_grads_fake,
+)
+register(
+    "masked_linear_fused_score_grad_(Tensor(a!) grad_scores, Tensor grad, Tensor x, Tensor weight, "
+    "bool accumulate) -> ()",
+    _score_grad_kernel,
+    lambda *_: None,
 )

@@ -1,0 +1,73 @@
+"""Packed mask words to bits in registers.
+
+Bit i of word w belongs to the weight at logical row-major index 32 * w + i. A tile of a matrix reads one word
+for 32 of its weights, or two where rows do not start on a word.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_bits(words_ptr, offsets, inside):
+    """Return which of the weights at ``offsets`` are kept; False where not ``inside``.
+
+    Args:
+        words_ptr: packed mask, int32.
+        offsets: logical indices, of any shape; int64 where they can pass 2**31.
+        inside: which offsets may be read.
+    """
+    words = tl.load(words_ptr + (offsets >> 5), mask=inside, other=0)
+    return ((words >> (offsets & 31).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
+def keep_tile(
+    words_ptr,
+    rows,
+    first_column,
+    num_rows,
+    num_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Return which weights of a tile of a row-major matrix are kept; False outside the matrix.
+
+    Rows must start on a word: ``num_columns``, ``first_column`` and ``BLOCK_COLUMNS`` are multiples of 32.
+
+    Args:
+        words_ptr: packed mask, int32.
+        rows: of the tile, int64 where indices can pass 2**31.  # [BLOCK_ROWS]
+        first_column: of the tile.
+    """
+    columns = first_column // 32 + tl.arange(0, BLOCK_COLUMNS // 32)
+    inside = (rows < num_rows)[:, None] & (columns < num_columns // 32)[None, :]
+    words = tl.load(words_ptr + rows[:, None] * (num_columns // 32) + columns[None, :], mask=inside, other=0)
+    return _unpacked(words, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def keep_tile_anywhere(
+    words_ptr,
+    rows,
+    first_column,
+    num_rows,
+    num_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Return ``keep_tile`` of a matrix with any number of columns; what it says outside means nothing."""
+    columns = first_column + 32 * tl.arange(0, BLOCK_COLUMNS // 32)
+    index = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    last = (tl.cast(num_rows, tl.int64) * num_columns - 1) >> 5
+    low = tl.load(words_ptr + (index >> 5), mask=(index >> 5) <= last, other=0)
+    high = tl.load(words_ptr + (index >> 5) + 1, mask=(index >> 5) < last, other=0)
+    pair = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return _unpacked((pair >> (index & 31)).to(tl.int32), BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+@triton.jit
+def _unpacked(words, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Return the bits of words [BLOCK_ROWS, BLOCK_COLUMNS / 32] as a tile [BLOCK_ROWS, BLOCK_COLUMNS]."""
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0

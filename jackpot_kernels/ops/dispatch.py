@@ -1,0 +1,121 @@
+"""Which backend runs a masked matmul or convolution: a person's wish, or rules measured on the device.
+
+A wish is, from the strongest: the argument ``backend``, ``use_backend``, the environment variable
+``JACKPOT_BACKEND``, which ``torch.compile`` reads as it traces. Where nobody wishes, ``RULES`` decide, and
+``dense`` where they say nothing: no device has been measured yet, so that is everywhere.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jackpot_kernels._validate import require_choice
+from jackpot_kernels.kernels.availability import why_not
+
+BACKENDS = ("auto", "fused", "dense", "reference")
+
+
+class Problem(NamedTuple):
+    """What a rule may ask about; of a convolution, ``tokens`` are the positions of its input."""
+
+    tokens: int
+    rows: int  # outputs
+    columns: int  # inputs of one group
+    window: tuple[int, ...]  # () of a matmul
+    groups: int
+    dtype: torch.dtype
+
+
+class Rule(NamedTuple):
+    """The backend of the problems for which ``when`` holds."""
+
+    backend: str
+    when: Callable[[Problem], bool]
+
+
+# Pattern of a device's name, then operation, to rules of which the first that holds decides. A rule stands
+# here because of a measurement on that device, for example
+#     "NVIDIA H200*": {"masked_linear": (Rule("fused", lambda problem: problem.tokens <= 64),)}
+RULES: dict[str, dict[str, tuple[Rule, ...]]] = {}
+
+# One for the process, not for the thread: autograd runs a checkpointed layer's forward again in its own.
+_wish = "auto"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Let masked matmuls and convolutions in a ``with`` block use a backend, where no argument names one.
+
+    A backward pass uses the backend of its forward pass, also after the block; under activation checkpointing
+    it runs the forward again, so it belongs inside the block.
+
+    Args:
+        backend: "auto", "fused", "dense" or "reference".
+
+    Raises:
+        ValueError: ``backend`` is unknown.
+    """
+    global _wish
+    require_choice("backend", backend, BACKENDS)
+    before, _wish = _wish, backend
+    try:
+        yield
+    finally:
+        _wish = before
+
+
+def choose_backend(
+    op: str, backend: str, available: Collection[str], x: Tensor, weight: Tensor, groups: int = 1
+) -> str:
+    """Return the backend to use, with ``auto`` decided.
+
+    Args:
+        op: the operation's name in ``RULES``.
+        backend: the argument of the same name.
+        available: the backends that the operation has besides ``reference``.
+        x, weight, groups: the operands, still unchecked.
+
+    Raises:
+        ValueError: a backend is unknown, or not among ``available``.
+    """
+    if backend == "auto":
+        backend = _wish
+    if backend == "auto":
+        backend = os.environ.get("JACKPOT_BACKEND") or "auto"
+        require_choice("the environment variable JACKPOT_BACKEND", backend, BACKENDS)
+    if backend == "auto":
+        return _by_rules(op, x, weight, groups) if RULES else "dense"
+    if backend == "reference" or backend in available:
+        return backend
+    require_choice("backend", backend, BACKENDS)
+    names = ", ".join(("auto", *available, "reference"))
+    raise ValueError(f"backend must be one of {names} for {op}, got {backend!r}")
+
+
+def _by_rules(op: str, x: Any, weight: Any, groups: int) -> str:
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() > 1):
+        return "dense"
+    rows, columns, *window = weight.shape
+    problem = Problem(x.numel() // (columns * groups), rows, columns, tuple(window), groups, x.dtype)
+    rules = _rules_of(str(weight.device)).get(op, ())
+    return next((rule.backend for rule in rules if rule.when(problem)), "dense")
+
+
+def _rules_of(device: str) -> dict[str, tuple[Rule, ...]]:
+    """Return the rules of a device; none where the kernels cannot run."""
+    if device not in _rules_found:
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+        found = next((rules for pattern, rules in RULES.items() if fnmatch(name, pattern)), {})
+        _rules_found[device] = {} if found and why_not(torch.device(device)) else found
+    return _rules_found[device]
+
+
+_rules_found: dict[str, dict[str, tuple[Rule, ...]]] = {}
+# Dynamo then asks once and traces nothing inside; `torch.compiler.assume_constant_result` does the same, but
+# imports the compiler.
+_rules_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,187 @@
+import pytest
+import torch
+
+import jackpot_kernels as jk
+from jackpot_kernels.kernels import availability
+from jackpot_kernels.ops import dispatch
+from jackpot_kernels.ops.dispatch import Problem, Rule, choose_backend
+
+AVAILABLE = ("dense", "fused")
+
+
+def choose(backend="auto", op="masked_linear", shape=(6, 9), weight=(5, 9), groups=1):
+    return choose_backend(op, backend, AVAILABLE, torch.ones(shape), torch.ones(weight), groups)
+
+
+@pytest.fixture(autouse=True)
+def no_wish(monkeypatch):
+    monkeypatch.delenv("JACKPOT_BACKEND", raising=False)
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    """Set the rules of a device, and forget those that were looked up."""
+
+    def set_rules(table):
+        monkeypatch.setattr(dispatch, "RULES", table)
+        monkeypatch.setattr(dispatch, "_rules_found", {})
+
+    return set_rules
+
+
+def test_device_that_was_not_measured_gets_dense():
+    assert choose() == "dense"
+
+
+def test_order_of_wishes(monkeypatch):
+    monkeypatch.setenv("JACKPOT_BACKEND", "reference")
+    assert choose() == "reference"
+    with jk.use_backend("fused"):
+        assert choose() == "fused"
+        with jk.use_backend("dense"):
+            assert choose() == "dense"
+        assert choose() == "fused"
+        assert choose("reference") == "reference"
+    assert choose() == "reference"
+    with jk.use_backend("auto"):
+        assert choose() == "reference"
+
+
+def test_context_ends_with_an_error():
+    with pytest.raises(KeyError), jk.use_backend("fused"):
+        raise KeyError
+    assert choose() == "dense"
+
+
+def test_environment_variable_reaches_the_layers(monkeypatch):
+    monkeypatch.setenv("JACKPOT_BACKEND", "reference")
+    layer = jk.MaskedLinear(9, 5)
+    layer.weight.requires_grad_(False)
+    layer(torch.ones(2, 9))
+    assert layer.cached_effective_weight is None
+
+
+def test_first_rule_that_holds_decides(rules):
+    few = Rule("fused", lambda problem: problem.tokens <= 8)
+    wide = Rule("reference", lambda problem: problem.rows > 100)
+    rules({"gpu*": {"masked_linear": (wide,)}, "cp?": {"masked_linear": (few, wide)}})
+    assert choose() == "fused"
+    assert choose(shape=(2, 5, 9)) == "dense"
+    assert choose(shape=(2, 5, 9), weight=(101, 9)) == "reference"
+    assert choose(shape=(9,), weight=(101, 9)) == "fused"
+    assert choose(op="masked_conv", shape=(1, 9, 2, 2), weight=(5, 9, 1, 1)) == "dense"
+    assert choose("dense") == "dense"
+
+
+def test_problem_of_a_convolution(rules):
+    asked = []
+    rules({"cpu": {"masked_conv": (Rule("fused", lambda problem: asked.append(problem) or True),)}})
+    assert choose(op="masked_conv", shape=(2, 8, 5, 7), weight=(6, 4, 3, 1), groups=2) == "fused"
+    assert asked == [Problem(2 * 5 * 7, 6, 4, (3, 1), 2, torch.float32)]
+
+
+def test_auto_uses_dense_where_the_kernels_cannot_run(rules, monkeypatch):
+    table = {"cpu": {"masked_linear": (Rule("fused", lambda problem: True),)}}
+    rules(table)
+    assert choose() == "fused"
+    monkeypatch.setattr(dispatch, "why_not", lambda device: "nothing runs here")
+    rules(table)
+    assert choose() == "dense"
+
+
+@pytest.mark.parametrize("x", [None, [1.0]])
+def test_rules_leave_bad_operands_to_the_checks(rules, x):
+    rules({"cpu": {"masked_linear": (Rule("fused", lambda problem: True),)}})
+    weight = torch.ones(5, 9)
+    with pytest.raises(TypeError, match=r"^x must be a tensor, got "):
+        jk.masked_linear(x, weight, weight, weight.bool())
+
+
+def test_rules_are_asked_inside_one_graph(rules):
+    rules({"cpu": {"masked_linear": (Rule("reference", lambda problem: problem.tokens <= 8),)}})
+    layer = jk.MaskedLinear(9, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
+    for tokens in (4, 16):
+        x = torch.randn(tokens, 9)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_context_reaches_a_compiled_layer():
+    layer = jk.MaskedLinear(9, 5)
+    layer.weight.requires_grad_(False)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=keep)
+    compiled(torch.ones(2, 9))
+    with jk.use_backend("reference"):
+        compiled(torch.ones(2, 9))
+    compiled(torch.ones(2, 9))
+    dense, plain = graphs
+    assert torch.nn.functional.linear in plain and torch.nn.functional.linear not in dense
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: choose("fast"), "backend must be one of auto, fused, dense, reference, got 'fast'"),
+        (
+            lambda: choose_backend("masked_conv3d", "fused", ("dense",), None, None),
+            "backend must be one of auto, dense, reference for masked_conv3d, got 'fused'",
+        ),
+        (
+            lambda: jk.use_backend("cublas").__enter__(),
+            "backend must be one of auto, fused, dense, reference, got 'cublas'",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setenv("JACKPOT_BACKEND", "cudnn")
+    with pytest.raises(ValueError) as caught:
+        choose()
+    assert str(caught.value) == (
+        "the environment variable JACKPOT_BACKEND must be one of auto, fused, dense, reference, got 'cudnn'"
+    )
+    assert choose("dense") == "dense"
+
+
+def refusal():
+    weight = torch.ones(5, 9)
+    with pytest.raises(RuntimeError) as caught:
+        jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend="fused")
+    return str(caught.value)
+
+
+def test_fused_without_triton(monkeypatch):
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
+    assert refusal() == 'backend="fused" cannot run: triton is not installed: run `pip install triton`'
+
+
+def test_fused_without_a_device(monkeypatch):
+    monkeypatch.setattr(availability, "interpreting", lambda: False)
+    assert refusal() == (
+        'backend="fused" cannot run: '
+        "it needs CUDA tensors, or TRITON_INTERPRET=1 in the environment, got tensors on cpu"
+    )
+
+
+def test_fused_on_an_old_device(monkeypatch):
+    monkeypatch.setattr(availability, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    availability._too_old.cache_clear()
+    assert availability.why_not(torch.device("cuda", 0)) == (
+        "it needs a device of compute capability 8.0 or more, got Tesla T4 with 7.5"
+    )
+    availability._too_old.cache_clear()

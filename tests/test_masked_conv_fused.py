@@ -1,0 +1,396 @@
+"""The Triton kernels of the convolution through the public functions and layers, in Triton's interpreter."""
+
+import pytest
+import torch
+from closed_forms import assert_near, conv, double
+from test_masked_conv import CASES, MASKED, assert_right, geometry, plain, problem
+from torch import nn
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import jackpot_kernels as jk
+from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, masked_conv3d, pack_mask, reference
+from jackpot_kernels.kernels import masked_conv as kernels
+from jackpot_kernels.models import ResNet
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="test_gpu_masked_conv.py runs the kernels on the device"
+)
+
+# Besides those of the other backends: a tap at a time, sums in parts, and every way of being depthwise.
+CASES = {name: case for name, case in CASES.items() if name != "3d"} | {
+    "wide": (2, (6, 5), 33, 18, (3, 3), {"padding": 1}),
+    "wide, all": (
+        1,
+        (9, 8),
+        34,
+        40,
+        (3, 2),
+        {"stride": (2, 3), "padding": (2, 1), "dilation": 2, "groups": 2},
+    ),
+    "wide 1x1": (2, (5, 3), 20, 17, (1, 1), {}),
+    "wide 1x1, stride": (2, (7, 5), 20, 17, (1, 1), {"stride": 2}),
+    "stride beyond the window": (2, (11, 7), 18, 16, (2, 1), {"stride": (3, 2), "padding": 1}),
+    "stride and dilation share a factor": (1, (9, 9), 17, 16, (3, 3), {"stride": 2, "dilation": 2}),
+    "in parts": (3, (12, 13), 4, 3, (3, 3), {"padding": 1}),
+    "wide, in parts": (2, (14, 15), 5, 16, (3, 3), {}),
+    "1d, depthwise": (2, (9,), 6, 6, (3,), {"groups": 6, "padding": 2, "dilation": 2}),
+    "depthwise, stride": (2, (7, 9), 5, 5, (5, 3), {"groups": 5, "padding": 2, "stride": 2}),
+    "depthwise, wide": (1, (9, 9), 36, 18, (3, 3), {"groups": 18, "stride": (2, 1), "dilation": (1, 2)}),
+}
+PLANES = [name for name, case in CASES.items() if len(case[1]) == 2]
+
+
+@pytest.fixture(autouse=True)
+def cases(monkeypatch):
+    monkeypatch.setattr("test_masked_conv.CASES", CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_closed_form(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+    y = MASKED[x.dim() - 2](x, weight, scores, mask, bias, **options, backend="fused")
+    dscores = assert_right(y, x, weight, scores, mask, bias, options, torch.float32)[2]
+    assert y.is_contiguous() and dscores.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["1d all", "2d all", "wide, all", "wide 1x1", "depthwise", "in parts"])
+def test_half_precision(case, dtype):
+    (x, weight, scores), mask, bias, options = problem(case, dtype)
+    y = MASKED[x.dim() - 2](x, weight, scores, mask, bias, **options, backend="fused")
+    dx, dweight, dscores, dbias = assert_right(y, x, weight, scores, mask, bias, options, dtype)
+    assert y.dtype == dx.dtype == dweight.dtype == dbias.dtype == dtype and dscores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", PLANES)
+def test_channels_last(case):
+    (x, weight, scores), mask, bias, options = problem(case, channels_last=True)
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    dx, _, dscores, _ = assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+    assert dx.is_contiguous(memory_format=torch.channels_last) and dscores.is_contiguous()
+
+
+@pytest.mark.parametrize("of_x", [False, True])
+@pytest.mark.parametrize("case", ["wide, all", "wide 1x1", "depthwise"])
+def test_one_operand_is_channels_last(case, of_x):
+    (x, weight, scores), mask, bias, options = problem(case)
+    last = x if of_x else weight
+    last.data = last.data.to(memory_format=torch.channels_last)
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["2d", "wide 1x1"])
+def test_strides_do_not_matter(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+    x = torch.randn(*x.shape[:3], 2 * x.shape[3])[..., ::2].requires_grad_()
+    weight = torch.randn(weight.shape[::-1]).permute(3, 2, 1, 0).requires_grad_()
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("case", ["2d all", "wide", "depthwise"])
+def test_nothing_or_everything_pruned(case, keep):
+    (x, weight, scores), mask, bias, options = problem(case)
+    mask = torch.full_like(mask, keep)
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["2d", "wide", "wide 1x1", "depthwise"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradient_of_an_expanded_sum(case, channels_last):
+    (x, weight, scores), mask, bias, options = problem(case, channels_last=channels_last)
+    inputs = x, weight, scores, bias
+    y = masked_conv2d(*inputs[:3], mask, bias, **options, backend="fused")
+    grads = torch.autograd.grad(y.sum(), inputs)
+    stride, dilation, groups, pads = geometry(x, weight, options)
+    padding = [before for before, _ in pads]
+    wanted = reference.masked_conv(x, weight, scores, mask, bias, stride, padding, dilation, groups)
+    for ours, theirs in zip(grads, torch.autograd.grad(wanted.sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lists, kind, i",
+    [
+        (lists, kind, i)
+        for lists in ("FORWARD_CONFIGS", "INPUT_CONFIGS", "WEIGHT_CONFIGS")
+        for kind, configs in getattr(kernels, lists).items()
+        for i in range(len(configs))
+    ],
+)
+def test_every_configuration(lists, kind, i, monkeypatch):
+    table = getattr(kernels, lists)
+    monkeypatch.setattr(kernels, lists, {key: [table[kind][i]] for key in table})
+    (x, weight, scores), mask, bias, options = problem("wide, all")
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+
+
+@pytest.mark.parametrize("case", ["in parts", "wide, in parts", "depthwise"])
+def test_repeats_bit_for_bit(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+
+    def run():
+        y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+        return y, *torch.autograd.grad(y.square().sum(), (x, weight, scores, bias))
+
+    assert all(map(torch.equal, run(), run()))
+
+
+def test_sums_in_parts_have_parts():
+    config = kernels.WEIGHT_CONFIGS["tf32"][0]
+    block = config.values["BLOCK_K"]
+    for places in (1, 127, 128, 129, 5000, 10**9):
+        num_parts, part = kernels._parts(places, 3, config)
+        assert part % block == 0 and (num_parts - 1) * part < places <= num_parts * part
+    assert kernels._parts(3 * 12 * 13, 1, config)[0] > 2
+    assert kernels._parts(0, 1, config) == (1, block)
+
+
+@pytest.mark.parametrize("needs", [(0,), (1,), (2,), (3,), (1, 2)], ids=str)
+def test_only_what_is_asked_for_is_computed(needs):
+    tensors, mask, bias, options = problem("2d all")
+    learning = [*tensors, bias]
+    for i, tensor in enumerate(learning):
+        tensor.requires_grad_(i in needs)
+    x, weight, scores = tensors
+    masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused").sum().backward()
+    assert [tensor.grad is not None for tensor in learning] == [i in needs for i in range(4)]
+
+
+def test_not_finite_weights_that_are_pruned_stay_out():
+    for case in ("2d", "wide", "depthwise"):
+        (x, weight, scores), mask, bias, options = problem(case)
+        with torch.no_grad():
+            weight[0, 0] = torch.inf
+        mask[0, 0] = False
+        y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+        y.sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["fused", "dense"])
+@pytest.mark.parametrize("case", ["2d all", "wide 1x1", "wide, in parts", "depthwise"])
+def test_score_gradient_is_added_in_place(case, backend):
+    (x, weight, _), mask, bias, options = problem(case, channels_last=True)
+    stride, dilation, groups, pads = geometry(x, weight, options)
+    padding = [before for before, _ in pads]
+    window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    grad = torch.randn(reference.masked_conv(x, weight, weight, mask, None, *window.values()).shape)
+    plain_scores = plain(x, weight, mask, bias, grad, options)[3]
+    arrays = map(double, (x, weight, mask, bias))
+    truth = conv(*arrays, lambda _: double(grad), stride, dilation, groups, pads)[3]
+    before = torch.randn(weight.shape)
+    sums = before.clone()
+    assert masked_conv2d_score_grad_(sums, grad, x, weight, **window, backend=backend) is sums
+    assert_near(sums, before + plain_scores, double(before) + truth, torch.float32)
+    written = torch.full_like(before, torch.nan)
+    masked_conv2d_score_grad_(written, grad, x, weight, **window, accumulate=False, backend=backend)
+    assert_near(written, plain_scores, truth, torch.float32)
+
+
+def test_score_gradient_of_no_images_is_zero():
+    for groups in (1, 4):
+        weight = torch.randn(8, 4 // groups, 3, 3)
+        sums = torch.full(weight.shape, torch.nan)
+        grad, x = torch.ones(0, 8, 3, 3), torch.ones(0, 4, 5, 5)
+        masked_conv2d_score_grad_(sums, grad, x, weight, groups=groups, accumulate=False, backend="fused")
+        assert torch.equal(sums, torch.zeros(weight.shape))
+
+
+@pytest.mark.parametrize("case", ["2d all", "wide 1x1"])
+def test_autocast(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert y.dtype == torch.bfloat16
+    grads = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+def test_second_derivative_raises():
+    (x, weight, scores), mask, bias, options = problem("2d")
+    for wanted in (x, scores):
+        y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+        (grad,) = torch.autograd.grad(y.sum(), wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="masked_conv can be differentiated only once"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", ["2d all", "wide 1x1", "depthwise"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(case, channels_last):
+    (x, weight, scores), mask, bias, options = problem(case, channels_last=channels_last)
+    stride, dilation, groups, pads = geometry(x, weight, options)
+    window = stride, [before for before, _ in pads], dilation, groups
+    words, ops = pack_mask(mask), torch.ops.jackpot
+    opcheck(ops.masked_conv.default, (x, weight, scores, words, None, bias, *window, "fused"))
+    x, weight, scores, bias = (t.detach() for t in (x, weight, scores, bias))
+    grad = torch.randn_like(ops.masked_conv_fused(x, weight, words, bias, *window))
+    opcheck(ops.masked_conv_fused.default, (x, weight, words, None, *window))
+    shape = list(x.shape)
+    opcheck(ops.masked_conv_fused_input_grad.default, (grad, weight, words, shape, channels_last, *window))
+    for needs in ([True, True], [False, True]):
+        opcheck(ops.masked_conv_fused_weight_grads.default, (grad, x, weight, words, needs, *window))
+    opcheck(ops.masked_conv_fused_score_grad_.default, (scores, grad, x, weight, True, *window))
+
+
+def network(backend):
+    """The smallest ResNet of its kind, with a mask over every layer."""
+    model = jk.convert(ResNet(depth=8))
+    jk.initialize(model, 0.5, keep_last_dense=False)
+    for layer in jk.masked_layers(model).values():
+        layer.backend = backend
+    return model
+
+
+def gradients(model, x):
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return torch.autograd.grad(model(x).square().sum(), learning)
+
+
+@pytest.mark.parametrize("backend", ["fused", "dense"])
+def test_a_whole_resnet_compiles_in_one_graph(backend):
+    model = network(backend).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 6, 5).to(memory_format=torch.channels_last)
+    eager = gradients(model, x)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_resnet_has_the_gradients_of_dense_layers():
+    x = torch.randn(2, 3, 6, 5)
+    model = network("fused")
+    ours = gradients(model, x)
+    for layer in jk.masked_layers(model).values():
+        assert layer.cached_effective_weight is None
+        layer.backend = "dense"
+    for our, their in zip(ours, gradients(model, x), strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4)
+
+
+def layer_and_input():
+    layer = jk.MaskedConv2d(4, 6, 3, padding=1)
+    layer.weight.requires_grad_(False)
+    layer.mask = torch.rand(layer.weight.shape) < 0.5
+    layer.backend = "fused"
+    return layer, torch.randn(2, 4, 5, 6, requires_grad=True)
+
+
+def test_layer_compiles_with_inductor():
+    layer, x = layer_and_input()
+    inputs = x, layer.scores, layer.bias
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x).float().square().sum()
+
+    eager = torch.autograd.grad(loss(x), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for ours, theirs in zip(torch.autograd.grad(compiled(x), inputs), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layer(reentrant):
+    layer, x = layer_and_input()
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), layer.scores)
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(layer.scores.grad, wanted)
+
+
+def test_distributed_data_parallel(tmp_path):
+    layer, x = layer_and_input()
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), layer.scores)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        nn.parallel.DistributedDataParallel(layer)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(layer.scores.grad, wanted)
+
+
+def test_unbatched():
+    (x, weight, scores), mask, bias, options = problem("2d all")
+    one = masked_conv2d(x[0], weight, scores, mask, bias, **options, backend="fused")
+    batched = masked_conv2d(x[:1], weight, scores, mask, bias, **options, backend="fused")
+    assert torch.equal(one, batched[0])
+
+
+ONES = torch.ones
+ERRORS = [
+    ({"groups": 4}, ValueError, "groups must divide the 6 output channels of weight, got 4"),
+    ({"mask": ONES(2).int()}, ValueError, "mask as words must have shape [4], got [2]"),
+    ({"mask": ONES(8).int()[::2]}, ValueError, "mask as words must be contiguous, got strides [2]"),
+    ({"mask": ONES(4).long()}, TypeError, "mask must be a bool tensor, or int32 words, got int64"),
+    ({"x": ONES(2, 4, 6, 6).half()}, TypeError, "x must be float32, got float16"),
+    ({"x": ONES(2, 4, 6, 6, device="meta")}, ValueError, "x must be on cpu, got meta"),
+    ({"x": ONES(2, 5, 6, 6)}, ValueError, "x must have 4 or 3 dimensions and 4 channels"),
+    (
+        {"x": ONES(2, 4, 6, 2)},
+        ValueError,
+        "x must be as large as the window with its padding, got shape [2, 4, 6, 2]",
+    ),
+    ({"bias": ONES(6).half()}, TypeError, "bias must be float32, got float16"),
+    ({"weight": ONES(6, 0, 3, 3)}, ValueError, "weight must have 4 dimensions, none of them empty"),
+    (
+        {"weight": ONES(6, 2, 3, 3).double(), "x": ONES(2, 4, 6, 6).double(), "bias": None},
+        TypeError,
+        'x must be float32, bfloat16 or float16 for backend="fused", got float64',
+    ),
+    (
+        {"x": ONES(1, 1, 1, 1).expand(1, 4, 3, 2**31)},
+        ValueError,
+        'an image must span fewer than 2**31 elements for backend="fused", got shape [1, 4, 3, 2147483648]',
+    ),
+]
+
+
+@pytest.mark.parametrize("change, error, message", ERRORS, ids=[message for *_, message in ERRORS])
+def test_errors_come_before_any_launch(change, error, message, monkeypatch):
+    for kernel in ("conv_fwd_kernel", "depthwise_fwd_kernel"):
+        monkeypatch.setattr(kernels, kernel, None)
+    arguments = {name: ONES(6, 2, 3, 3) for name in ("weight", "scores")}
+    arguments |= {"x": ONES(2, 4, 6, 6), "mask": ONES(6, 2, 3, 3).bool(), "bias": ONES(6), "groups": 2}
+    with pytest.raises(error) as caught:
+        masked_conv2d(**arguments | change, backend="fused")
+    assert str(caught.value).startswith(message)
+
+
+def test_three_dimensions_have_no_kernel():
+    tensors = ONES(1, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3).bool()
+    message = 'weight must have one or two window dimensions for backend="fused", got three: use "dense"'
+    with pytest.raises(ValueError) as caught:
+        masked_conv3d(*tensors, backend="fused")
+    assert str(caught.value) == message
+    assert masked_conv3d(*tensors).shape == (1, 2, 1, 1, 1)
+
+
+SCORE_ERRORS = [
+    ({"grad_scores": ONES(6, 2, 3, 3).half()}, TypeError, "grad_scores must be float32, got float16"),
+    ({"grad": ONES(2, 6, 4, 3)}, ValueError, "grad must have shape [2, 6, 4, 4], got [2, 6, 4, 3]"),
+    ({"grad": ONES(2, 6, 4, 4).half()}, TypeError, "grad must be float32, got float16"),
+    ({"x": ONES(4, 6, 6)}, ValueError, "x must have 4 dimensions, got shape [4, 6, 6]"),
+    ({"x": None}, TypeError, "x must be a floating-point tensor, got NoneType"),
+    ({"stride": (1, 1, 1)}, ValueError, "stride must be one number or 2, got (1, 1, 1)"),
+]
+
+
+@pytest.mark.parametrize(
+    "change, error, message", SCORE_ERRORS, ids=[message for *_, message in SCORE_ERRORS]
+)
+def test_errors_of_accumulation_change_nothing(change, error, message):
+    arguments = {name: ONES(6, 2, 3, 3) for name in ("grad_scores", "weight")}
+    arguments |= {"grad": ONES(2, 6, 4, 4), "x": ONES(2, 4, 6, 6), "groups": 2} | change
+    with pytest.raises(error) as caught:
+        masked_conv2d_score_grad_(**arguments, backend="fused")
+    assert str(caught.value) == message
+    assert (arguments["grad_scores"] == 1).all()

@@ -1,0 +1,51 @@
+"""Every kernel under every configuration compiles for the devices that are served, and fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_aot import collect
+
+HERE = Path(__file__).parent
+SHARDS = 2
+KIB = 1024
+SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+TENSOR_CORES = {80: {"mma.sync"}, 90: {"wgmma.mma_async"}, 100: {"tcgen05.mma", "mma.sync"}}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What came out for each module, variant and architecture, without the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, HERE / "triton_aot.py"]
+    running = [
+        subprocess.Popen(
+            [*command, str(shard), str(SHARDS)], env=env, cwd=HERE.parent, stdout=subprocess.PIPE
+        )
+        for shard in range(SHARDS)
+    ]
+    answers = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0] * SHARDS
+    facts = [fact for answer in answers for fact in json.loads(answer)]
+    return {(fact["module"], fact["name"], fact["architecture"]): fact for fact in facts}
+
+
+def test_names_differ():
+    names = [(module, variant.name, architecture) for module, variant, architecture in collect()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    "module, variant, architecture",
+    [pytest.param(m, v, a, id=f"{m}: {v.name}, sm_{a}") for m, v, a in collect()],
+)
+def test_fits(compiled, module, variant, architecture):
+    fact = compiled[module, variant.name, architecture]
+    assert fact["shared"] <= SHARED_MEMORY[architecture]
+    assert fact["stack"] == fact["local"] == 0, "registers are spilled to memory"
+    assert fact["registers"] > 0
+    if variant.tensor_cores:
+        assert set(fact["tensor_cores"]) & TENSOR_CORES[architecture]
