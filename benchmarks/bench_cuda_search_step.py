@@ -215,6 +215,30 @@ def report(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def store(name: str, results: dict[str, dict[str, float]], *, keep: bool, **measured: float) -> None:
+    """Print a table, and keep it with what made it as a file under ``RESULTS``, if it is to be kept.
+
+    Args:
+        measured: facts of the run besides the results.
+    """
+    device = torch.cuda.get_device_name()
+    told = [device, *(f"{fact} {value:.4g}" for fact, value in measured.items())]
+    print(f"{', '.join(told)}\n{report(results)}")
+    if not keep:
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    folder = RESULTS / device.lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "command": " ".join([f"python -m benchmarks.bench_{name}", *sys.argv[1:]]),
+        "commit": commit,
+        "environment": facts(),
+        **measured,
+        "results": results,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -227,21 +251,12 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     names = TINY if arguments.quick else NETWORKS
     results = {name: measure(name, arguments.rounds, bandwidth) for name in names}
-    device = torch.cuda.get_device_name()
-    print(f"{device}, copy bandwidth {bandwidth / 1e12:.3f} TB/s\n{report(results)}")
-    if arguments.quick:
-        return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    folder = RESULTS / device.lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "command": " ".join(["python -m benchmarks.bench_cuda_search_step", *sys.argv[1:]]),
-        "commit": commit,
-        "environment": facts(),
-        "copy bandwidth B/s": bandwidth,
-        "results": results,
-    }
-    (folder / "cuda_search_step.json").write_text(json.dumps(record, indent=1) + "\n")
+    store(
+        "cuda_search_step",
+        results,
+        keep=not arguments.quick,
+        **{"copy bandwidth B/s": bandwidth},
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import THREADS, facts
+from benchmarks.harness import THREADS, facts, keep_freed_memory
 from benchmarks.searches import Search
 from benchmarks.shapes import NETWORKS, TINY, Shape
 
@@ -33,6 +33,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_configure(config: pytest.Config) -> None:
     # A rehearsal measures nothing, and one thread is not slowed down by whoever else computes.
     torch.set_num_threads(1 if config.getoption("--quick") else THREADS)
+    keep_freed_memory()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Fair timing: contenders take turns round by round in one process, each from cold caches."""
 
+import ctypes
 import gc
 import os
 import re
@@ -18,6 +19,8 @@ from jackpot_kernels.environment import environment
 
 THREADS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
+# Parameters of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 Call = Callable[[], object]
 
@@ -71,6 +74,18 @@ def contest(
     benchmark.extra_info["disturbance"] = (
         None if busy is None or busy_after is None else max(0.0, busy_after - busy) / wall
     )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, where it can be told to.
+
+    Otherwise a training step of ResNet-32 gives its activations back to the system and takes 20,000 pages
+    anew, which costs as much as the step itself and differs from contender to contender by chance.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def ratio(over: list[float], under: list[float]) -> float:

@@ -122,6 +122,8 @@ def test_fine_tuning_trains_weights_under_their_masks(data):
     masks = {f"{name}.weight": layer.mask for name, layer in jk.masked_layers(model).items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     unfreeze(model)
+    takes = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert takes == masks.keys()
     training = Training(model, *data, TINY)
     told = records(training)
     assert told[0]["parameters"] == sum(mask.numel() for mask in masks.values())

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.swap import swap_
 from jackpot_kernels.ops.threshold import threshold
 
@@ -21,8 +20,6 @@ def swap_unless_tied_(
     words: Sequence[Tensor],
     num_kept: Tensor,
     *args: Any,
-    weights: Sequence[Tensor],
-    effective: Sequence[Tensor],
     joint: bool,
     **options: Any,
 ) -> Tensor:
@@ -35,16 +32,13 @@ def swap_unless_tied_(
     Args and Returns are those of ``swap_``; ``num_kept`` does not fall. This waits for the device.
     """
     before = [mask.clone() for mask in words]
-    stats = swap_(
-        scores, words, num_kept, *args, weights=weights, effective=effective, joint=joint, **options
-    )
+    stats = swap_(scores, words, num_kept, *args, joint=joint, **options)
     tied = _tied(scores, num_kept[:, 0], joint)
     stats[tied, 1:3] = 0
     for i in range(len(scores)):
         if tied[0 if joint else i]:
+            # A second write to the mask, after which the layer builds its effective weight anew.
             words[i].copy_(before[i])
-            if effective[i].numel():
-                effective[i].copy_(effective_weight(weights[i], words[i], effective[i].dtype))
     return stats
 
 

@@ -1,0 +1,111 @@
+"""A training step on a GPU: ``python -m benchmarks.bench_cuda_training_step`` prints a table and stores it.
+
+Forward, loss, backward and ``SRPopup.step`` in one CUDA graph, against the same network trained densely by
+torch's fused SGD in another. Both autocast to bfloat16 in channels_last and copy a batch into their graph.
+Times are medians of rounds in which the two take turns.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import jackpot_kernels as jk
+from benchmarks.bench_cuda_search_step import graphed, store, timed
+from benchmarks.paper.runs import build
+from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
+from jackpot_kernels.search import GraphedStep
+
+# Name in the table: network, image size, batch, classes.
+NETWORKS = {
+    "ResNet-32 x2": ("resnet32-cifar10", 32, 256, 10),
+    "VGG-19": ("vgg19-cifar10", 32, 256, 10),
+    "ResNet-50": ("resnet50", 224, 256, 1000),
+}
+TINY = {"digits": ("digits", 8, 16, 10)}
+
+Step = Callable[[Tensor, Tensor], object]
+
+
+def loss_of(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        return F.cross_entropy(model(x), labels)
+
+
+def dense_step(model: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """Return a graphed step of torch's fused SGD."""
+    sgd = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    inputs = x.clone(), labels.clone()
+
+    def step() -> None:
+        sgd.zero_grad()
+        loss_of(model, *inputs).backward()
+        sgd.step()
+
+    replay = graphed(step)
+
+    def call(x: Tensor, labels: Tensor) -> None:
+        for to, tensor in zip(inputs, (x, labels), strict=True):
+            to.copy_(tensor, non_blocking=True)
+        replay()
+
+    return call
+
+
+def search_step(model: nn.Module, total_steps: int) -> Step:
+    """Return the step as ``jackpot search`` takes it."""
+    optimizer = jk.SRPopup(model, LR, MOMENTUM, WEIGHT_DECAY, total_steps=total_steps)
+    return GraphedStep(optimizer, lambda x, labels: loss_of(model, x, labels))
+
+
+def measure(network: str, size: int, batch: int, classes: int, rounds: int) -> dict[str, float]:
+    """Return medians in seconds and their ratio."""
+    torch.manual_seed(0)
+    dense = build(network).cuda().to(memory_format=torch.channels_last).train()
+    channels = next(m for m in dense.modules() if isinstance(m, nn.Conv2d)).in_channels
+    x = torch.randn(batch, channels, size, size, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (batch,), device="cuda")
+    searched = jk.convert(deepcopy(dense))
+    jk.initialize(searched, SPARSITY)
+    weights = {name: layer.weight.clone() for name, layer in jk.masked_layers(searched).items()}
+    steps = {"search": search_step(searched, rounds + 20), "dense": dense_step(dense, x, labels)}
+    for _ in range(10):
+        for step in steps.values():
+            step(x, labels)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            torch.cuda.synchronize()
+            seconds[name].append(timed(lambda step=step: step(x, labels)))
+    for name, layer in jk.masked_layers(searched).items():
+        assert torch.equal(layer.weight, weights[name]), f"weight of {name} must keep its bits"
+    median = {f"{name} s": statistics.median(times) for name, times in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["search"], seconds["dense"], strict=True)]
+    return {**median, "search / dense": statistics.median(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny network: a rehearsal that stores nothing"
+    )
+    parser.add_argument("--rounds", type=int, default=100)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_cuda_training_step needs a CUDA device")
+    results = {}
+    for name, settings in (TINY if arguments.quick else NETWORKS).items():
+        try:
+            results[name] = measure(*settings, arguments.rounds)
+        except ModuleNotFoundError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    store("cuda_training_step", results, keep=not arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
