@@ -44,7 +44,7 @@ def require_fit(model: nn.Module, batches: Batches) -> None:
     try:
         with evaluating(model):
             outputs = model(inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"model must take inputs of shape {list(inputs.shape)}, but fails: {error}"
         ) from None

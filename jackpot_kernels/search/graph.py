@@ -1,11 +1,10 @@
-"""A whole training step in one CUDA graph: forward, loss, backward, search step."""
+"""A whole training step in one CUDA graph: forward, loss, backward, and the step of the optimizer."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-
-from jackpot_kernels.search.optimizer import SRPopup
 
 
 class GraphedStep:
@@ -17,11 +16,13 @@ class GraphedStep:
 
     Each call takes exactly one step, with the bits that the same step has without a graph. The first
     ``warm_up`` calls run step by step, as do those on a CPU and those whose inputs have other shapes than the
-    captured ones, such as the last batch of an epoch. Learning rates and other settings of the optimizer may
-    change from call to call; masks or effective weights that others change lead to a new capture.
+    captured ones, such as the last batch of an epoch. Learning rates and other settings of ``SRPopup`` may
+    change from call to call, those of another optimizer where they are tensors on the device; masks or
+    effective weights that others change lead to a new capture.
 
     Args:
-        optimizer: of the model that ``compute`` runs; no other gradients than its own are cleared.
+        optimizer: of the model that ``compute`` runs, ``SRPopup`` or one of torch's whose step waits for
+            nothing; no other gradients than its own are cleared.
         compute: from the inputs to the loss, or to a tuple that begins with the loss; its work on the device
             must be the same at every call, and wait for nothing.
         scaler: for float16 autocast; its scale and its found-inf stay on the device.
@@ -33,7 +34,7 @@ class GraphedStep:
 
     def __init__(
         self,
-        optimizer: SRPopup,
+        optimizer: torch.optim.Optimizer,
         compute: Callable[..., Tensor | tuple[Tensor, ...]],
         scaler: torch.amp.GradScaler | None = None,
         warm_up: int = 3,
@@ -48,7 +49,7 @@ class GraphedStep:
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Take a step and return what ``compute`` returned, detached; the loss is that before the step."""
-        if self._graph is not None and not self._optimizer.is_captured:
+        if self._graph is not None and not getattr(self._optimizer, "is_captured", True):
             self._graph, self._left = None, 1
         if self._graph is None and self._left == 0 and all(x.is_cuda for x in inputs):
             self._capture(inputs)
@@ -87,18 +88,23 @@ class GraphedStep:
             self._scaler.update()
         return tuple(output.detach() for output in outputs)
 
+    def _around(self, what: str) -> AbstractContextManager[None]:
+        """Return what an optimizer that keeps books on the host does around a capture or a replay."""
+        context: Callable[[], AbstractContextManager[None]] = getattr(self._optimizer, what, nullcontext)
+        return context()
+
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [x.clone() for x in inputs]
         # Gradients that the graph itself makes stay where they are from replay to replay.
         self._optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with self._optimizer.capturing(), torch.cuda.graph(graph):
+        with self._around("capturing"), torch.cuda.graph(graph):
             self._outputs = self._step(tuple(self._inputs))
         self._graph = graph
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._graph is not None
-        with self._optimizer.replaying():
+        with self._around("replaying"):
             for to, x in zip(self._inputs, inputs, strict=True):
                 to.copy_(x, non_blocking=True)
             self._graph.replay()

@@ -4,11 +4,12 @@ import math
 from dataclasses import asdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from jackpot_kernels.convert import masked_layers, require_masked_layers
 from jackpot_kernels.search.epochs import EpochLoop, Record
+from jackpot_kernels.search.graph import GraphedStep
 from jackpot_kernels.search.settings import TrainingSettings
 
 
@@ -85,15 +86,23 @@ class Training(EpochLoop[TrainingSettings]):
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in scores]
 
     def _make_optimizer(self) -> None:
-        s = self.settings
+        s, graphed = self.settings, self.device.type == "cuda"
+        # A captured step reads the learning rate on the device.
+        self._rate: float | Tensor = torch.tensor(s.lr, device=self.device) if graphed else s.lr
         self._optimizer = torch.optim.SGD(
             self._parameters(),
-            lr=s.lr,
+            lr=self._rate,
             momentum=s.momentum,
             weight_decay=s.weight_decay,
             nesterov=s.nesterov,
+            fused=graphed or None,
         )
-        self._take_step = self._plain_step
+        self._take_step = GraphedStep(self._optimizer, self._compute) if graphed else self._plain_step
+
+    def _set_lr(self) -> None:
+        self._rate = self._rate.fill_(self._lr()) if isinstance(self._rate, Tensor) else self._lr()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate
 
     def _lr_after(self, passed: float) -> float:
         if self.settings.schedule == "cosine":

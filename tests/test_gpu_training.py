@@ -1,0 +1,28 @@
+"""Ordinary training on a CUDA device: one graph a step, with the bits of the steps without it."""
+
+import pytest
+import torch
+
+from jackpot_kernels.data import digits
+from jackpot_kernels.models import digits_net
+from jackpot_kernels.search.settings import TrainingSettings
+from jackpot_kernels.search.training import Training
+
+pytestmark = pytest.mark.gpu
+
+
+def trained(graphed: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
+    torch.manual_seed(0)
+    training = Training(digits_net(), *digits(), TrainingSettings(epochs=4, schedule="steps"), "cuda")
+    training.begin()
+    if not graphed:
+        training._take_step = training._plain_step
+    losses = [record["train_loss"] for record in training.run() if record["kind"] == "epoch"]
+    return training.model.state_dict(), losses
+
+
+def test_replays_have_the_bits_of_steps_without_a_graph():
+    (ours, losses), (plain, wanted) = trained(True), trained(False)
+    assert losses == wanted and losses[-1] < losses[0] / 2
+    for name, tensor in plain.items():
+        assert torch.equal(ours[name], tensor), name
