@@ -9,7 +9,7 @@ HOST_EXECUTION := $(wildcard tests/cuda_host/*)
 # The build looks for ninja on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: test demo bench lint format clean
+.PHONY: test demo bench paper gpu lint format clean
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -q
@@ -19,6 +19,18 @@ demo: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks
+
+# The paper's experiments on CIFAR-10 at the reduced scale: JACKPOT_DATA names the folder that holds the images.
+paper: $(VENV)/built
+	$(BIN)/python -m benchmarks.paper all --jobs 2
+
+# What needs a GPU, in the environment at hand, whose torch has CUDA.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m benchmarks.bench_cuda_search_step
+	$(PYTHON) -m benchmarks.bench_cuda_training_step
+	$(PYTHON) -m benchmarks.bench_masked_layers
 
 lint: $(VENV)/built
 	$(BIN)/ruff format --check .

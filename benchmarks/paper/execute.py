@@ -5,9 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -78,9 +77,10 @@ class Pace:
         return num_images(run) * seconds / images
 
     def learn(self, run: Run, seconds: float) -> None:
-        """Take note of a run that has ended."""
-        before, images = self._spent.get(run.network, (0.0, 0.0))
-        self._spent[run.network] = (before + seconds, images + num_images(run))
+        """Take note of a run that has ended; one without steps tells little about others."""
+        if run.epochs:
+            before, images = self._spent.get(run.network, (0.0, 0.0))
+            self._spent[run.network] = (before + seconds, images + num_images(run))
 
 
 def num_images(run: Run) -> float:
@@ -189,14 +189,23 @@ def _in_turn(todo: list[Run], fits: Fits, folder: Path, device: str) -> Made:
 
 
 def _at_once(todo: list[Run], fits: Fits, folder: Path, device: str, jobs: int) -> Made:
-    """Make several runs at a time; one that starts from another waits for it."""
+    """Make runs in several processes; one that starts from another waits for it."""
     context = multiprocessing.get_context("spawn")
     waiting = dict.fromkeys(todo)
-    running: dict[Connection, tuple[Run, BaseProcess]] = {}
+    idle: list[Connection] = []
+    running: dict[Connection, Run] = {}
+    processes = []
     try:
+        for _ in range(min(jobs, len(todo))):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, folder, device, torch.get_num_threads()))
+            process.start()
+            there.close()
+            processes.append(process)
+            idle.append(here)
         while True:
-            while len(running) < jobs:
-                busy = {run for run, _ in running.values()} | waiting.keys()
+            while idle:
+                busy = set(running.values()) | waiting.keys()
                 ready = next((run for run in waiting if not busy & set(run.lineage[1:])), None)
                 if ready is None:
                     break
@@ -204,32 +213,34 @@ def _at_once(todo: list[Run], fits: Fits, folder: Path, device: str, jobs: int) 
                     waiting.clear()
                     break
                 del waiting[ready]
-                here, there = context.Pipe(duplex=False)
-                work = (there, ready, folder, device, torch.get_num_threads())
-                process = context.Process(target=_make_there, args=work)
-                process.start()
-                there.close()
-                running[here] = (ready, process)
+                running[idle[-1]] = ready
+                idle.pop().send(ready)
             if not running:
                 return
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
-                run, process = running.pop(connection)
+                run = running.pop(connection)
                 yield run, _received(connection, run)
-                process.join()
+                idle.append(connection)
     finally:
-        for _, process in running.values():
+        for process in processes:
             process.terminate()
 
 
-def _make_there(connection: Connection, run: Run, folder: Path, device: str, threads: int) -> None:
-    """Make a run in a process of its own; Ctrl-C is left to the one that started it."""
+def _serve(connection: Connection, folder: Path, device: str, threads: int) -> None:
+    """Make runs as they are asked for; Ctrl-C is left to the process that asks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    try:
-        connection.send(Workshop(folder, device).make(run))
-    except Exception as error:
-        connection.send(error)
+    workshop = Workshop(folder, device)
+    # Where the process that asks is gone, there is nobody to tell.
+    with suppress(EOFError, ConnectionError):
+        while True:
+            run = connection.recv()
+            try:
+                answer: Result | Exception = workshop.make(run)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
 
 
 def _received(connection: Connection, run: Run) -> Result:

@@ -6,7 +6,7 @@ has a value; a scale decides which of the runs are made, and equal runs of sever
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks.paper.paper_values import OURS, TABLES
 from benchmarks.paper.scales import ALL, Run, Scale, Spec
@@ -92,7 +92,7 @@ def _dense(network: str) -> Spec:
     return Spec("dense", network)
 
 
-def _search(network: str, sparsity: float, epochs: int = EPOCHS, **options: object) -> Spec:
+def _search(network: str, sparsity: float, epochs: int = EPOCHS, **options: Any) -> Spec:
     chosen = tuple(sorted({"sparsity": sparsity, **options}.items()))
     return Spec("search", network, epochs, chosen, _dense(network))
 
@@ -116,9 +116,9 @@ def _untrained(spec: Spec) -> Spec:
     return replace(spec, options=options, source=Spec("untrained", spec.network))
 
 
-def _larger_only(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+def _larger_only(cells: Iterable[Cell | None]) -> tuple[Cell | None, ...]:
     """Leave these cells out of the reduced scale."""
-    return tuple(replace(cell, scales=tuple(s for s in cell.scales if s != "reduced")) for cell in cells)
+    return tuple(c and replace(c, scales=tuple(s for s in c.scales if s != "reduced")) for c in cells)
 
 
 Ours = Mapping[tuple[str, str, str], tuple[Cell | None, ...]]
@@ -169,7 +169,7 @@ def _table4() -> tuple[Row, ...]:
 
 
 # The slope of the sigmoid makes gradients small, and decay would draw every probability to a half.
-_SUPERMASK: Mapping[str, object] = {"method": "supermask", "lr": 10.0, "weight_decay": 0.0}
+_SUPERMASK: Mapping[str, Any] = {"method": "supermask", "lr": 10.0, "weight_decay": 0.0}
 
 
 def _searchers(network: str, epochs: int) -> dict[str, Spec]:
@@ -208,9 +208,7 @@ def _table6() -> tuple[Row, ...]:
     return (first, Row("ResNet-32", "starting mask, statistics recalibrated", "0", cells=again), *others)
 
 
-def _ablation(
-    table: str, columns: Mapping[str, Mapping[str, object]], quoted: Mapping[str, int]
-) -> Experiment:
+def _ablation(table: str, columns: Mapping[str, Mapping[str, Any]], quoted: Mapping[str, int]) -> Experiment:
     """Return an ablation of the paper: a search for each column, on ResNet-32 and on VGGNet-19.
 
     Args:
@@ -276,7 +274,7 @@ def _figure3(network: str) -> tuple[Row, ...]:
     return _over_sweep(jackpot, NAMES[network]) + _criteria_rows(network, alone)
 
 
-def _curves(variants: Mapping[str, Mapping[str, object]], networks: Iterable[str]) -> tuple[Row, ...]:
+def _curves(variants: Mapping[str, Mapping[str, Any]], networks: Iterable[str]) -> tuple[Row, ...]:
     """Rows of searches at 90 %, whose course by epoch is drawn."""
     rows = []
     for label, options in variants.items():
@@ -356,8 +354,12 @@ def _restriction() -> tuple[Row, ...]:
                 restricted = _search(network, sparsity, epochs)
                 free = _warm_edge_popup(network, sparsity, epochs)
                 authors = _search(network, sparsity, epochs, compat="authors")
-                cells = (Cell(restricted), Cell(free), Cell(restricted, minus=free))
-                theirs = (Cell(authors), Cell(restricted, minus=authors))
+                cells: tuple[Cell | None, ...] = (
+                    Cell(restricted),
+                    Cell(free),
+                    Cell(restricted, minus=free),
+                )
+                theirs: tuple[Cell | None, ...] = (Cell(authors), Cell(restricted, minus=authors))
                 if (network, sparsity, epochs) != (RESNET, _POINT, EPOCHS):
                     theirs = _larger_only(theirs)
                 kept = cells if network == RESNET else _larger_only(cells)

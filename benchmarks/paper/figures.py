@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.paper.experiments import EXPERIMENTS, SWAPS, Experiment, Row
-from benchmarks.paper.tables import Findings, Summary
+from benchmarks.paper.experiments import EXPERIMENTS, SWAPS, Cell, Experiment, Row
+from benchmarks.paper.tables import Findings, Summary, epochs_of
 from jackpot_kernels.report.plots import BLUE, GREEN, GREY, ORANGE, YELLOW, Figure
 
 _LOOKS = tuple(
@@ -35,7 +35,7 @@ Point = tuple[float, Summary]
 
 
 def _panels(titles: Sequence[str]) -> tuple[Plot, list[Axes]]:
-    plot = Plot(figsize=(max(6.4, 4.4 * len(titles)), 4.0), layout="constrained")
+    plot = Plot(figsize=(max(6.4, 4.4 * len(titles)), 4.4), layout="constrained")
     panels = [plot.add_subplot(1, len(titles), i + 1) for i in range(len(titles))]
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title)
@@ -50,15 +50,16 @@ def _line(axes: Axes, points: Iterable[Point], label: str, look: tuple[str, str]
     told = list(points)
     if told:
         xs, ys = [x for x, _ in told], [s.mean for _, s in told]
-        deviations = [s.deviation or 0.0 for _, s in told]
+        some = any(s.deviation is not None for _, s in told)
+        deviations = [s.deviation or 0.0 for _, s in told] if some else None
         colour, marker = look
         axes.errorbar(xs, ys, deviations, color=colour, marker=marker, capsize=3, label=label, **options)
 
 
-def _legend(panels: Iterable[Axes]) -> None:
-    for axes in panels:
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
+def _legend(plot: Plot, panels: Iterable[Axes]) -> None:
+    """Put one legend under all panels."""
+    named = {name: h for axes in panels for h, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    plot.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def _found(row: Row, findings: Findings) -> list[tuple[int, Summary]]:
@@ -78,14 +79,32 @@ def _groups(experiment: Experiment, findings: Findings) -> dict[str, list[Row]]:
 
 def _plot_sweep(experiment: Experiment, findings: Findings) -> Drawn:
     groups = _groups(experiment, findings)
-    plot, panels = _panels(list(groups))
+    shown = sorted(
+        {column for rows in groups.values() for row in rows for column, _ in _found(row, findings)}
+    )
+    titles = [_title(group, rows[0].cells, findings) for group, rows in groups.items()]
+    plot, panels = _panels(titles)
     for axes, rows in zip(panels, groups.values(), strict=True):
-        for row, look in zip(rows, cycle(_LOOKS), strict=False):
-            _line(axes, _found(row, findings), row.label, look)
-        axes.set_xticks(range(len(experiment.columns)), experiment.columns)
+        looks = dict(zip(dict.fromkeys(_base(row) for row in rows), _LOOKS, strict=False))
+        for row in rows:
+            points = [(shown.index(column), summary) for column, summary in _found(row, findings)]
+            style = "-" if _base(row) == row.label else "--"
+            _line(axes, points, row.label, looks[_base(row)], linestyle=style)
+        axes.set_xticks(range(len(shown)), [experiment.columns[column] for column in shown])
         axes.set(xlabel="sparsity of the masked layers", ylabel="%")
-    _legend(panels)
+        axes.margins(x=0.2)
+    _legend(plot, panels)
     return plot, f"{experiment.title}, by sparsity; mean and deviation over the seeds."
+
+
+def _base(row: Row) -> str:
+    """Return what a row is called whatever its statistics."""
+    return row.label.removesuffix(", recalibrated")
+
+
+def _title(name: str, cells: Iterable[Cell | None], findings: Findings) -> str:
+    """Return the paper's name of a network, or at other scales that of ours."""
+    return name if findings.scale.name == "full" else findings.networks(cells) or name
 
 
 def _plot_courses(experiment: Experiment, findings: Findings, measures: Mapping[str, str]) -> Drawn:
@@ -93,7 +112,7 @@ def _plot_courses(experiment: Experiment, findings: Findings, measures: Mapping[
     columns = [
         c for c, _ in enumerate(experiment.columns) if any(findings.of(r.cells[c]) for r in experiment.rows)
     ]
-    plot, panels = _panels([experiment.columns[c] for c in columns])
+    plot, panels = _panels(_column_titles(experiment, columns, findings))
     for axes, column in zip(panels, columns, strict=True):
         courses = {
             row.label: [r["epochs"] for (r,) in findings.of(row.cells[column])] for row in experiment.rows
@@ -104,8 +123,13 @@ def _plot_courses(experiment: Experiment, findings: Findings, measures: Mapping[
             _line(axes, _by_epoch(runs, measure), label, look, markersize=4)
         axes.set(xlabel="epoch", ylabel=measures[measure])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(panels)
+    _legend(plot, panels)
     return plot, f"{experiment.title}; mean and deviation over the seeds."
+
+
+def _column_titles(experiment: Experiment, columns: Iterable[int], findings: Findings) -> list[str]:
+    cells = {column: [row.cells[column] for row in experiment.rows if row.cells] for column in columns}
+    return [_title(experiment.columns[column], cells[column], findings) for column in cells]
 
 
 def _by_epoch(runs: Sequence[Sequence[Mapping[str, Any]]], measure: str) -> list[Point]:
@@ -129,7 +153,7 @@ def _plot_losses(experiment: Experiment, findings: Findings) -> Drawn:
 
 def _plot_cost(experiment: Experiment, findings: Findings) -> Drawn:
     """Draw accuracy against epochs: the paper's values hollow, ours filled."""
-    plot, panels = _panels(experiment.columns)
+    plot, panels = _panels(_column_titles(experiment, range(len(experiment.columns)), findings))
     labels = list(dict.fromkeys(row.label for row in experiment.rows))
     looks = dict(zip(labels, cycle(_LOOKS), strict=False))
     for column, axes in enumerate(panels):
@@ -143,11 +167,11 @@ def _plot_cost(experiment: Experiment, findings: Findings) -> Drawn:
             ]
             if quoted:
                 xs, ys = zip(*quoted, strict=True)
-                hollow = {"mfc": "none", "linestyle": ":" if len(quoted) > 1 else "none"}
-                axes.plot(xs, ys, color=colour, marker=marker, label=f"{label}, paper", **hollow)
+                style, name = ":" if len(quoted) > 1 else "none", f"{label}, paper"
+                axes.plot(xs, ys, color=colour, marker=marker, mfc="none", linestyle=style, label=name)
             _line(axes, _costed(rows, column, findings), f"{label}, measured", looks[label])
         axes.set(xlabel="epochs of training or searching", ylabel="accuracy (%)", xscale="log")
-    _legend(panels)
+    _legend(plot, panels)
     return plot, f"{experiment.title}. Hollow: values that the paper states; filled: measured here."
 
 
@@ -168,11 +192,13 @@ def _plot_epochs(experiment: Experiment, findings: Findings) -> Drawn:
     searches = [row for row in experiment.rows if not row.label.startswith("starting mask")]
     start = experiment.rows[1]
     for column, axes in enumerate(panels):
-        points = [(0.0, s) for s in [findings.summary(start.cells[column])] if s]
-        _line(axes, points + _costed(searches, column, findings), "SR-popup", _LOOKS[0])
-        axes.set(xlabel="epochs of the search; 0 is the starting mask, recalibrated", ylabel="%")
-        axes.set_xscale("symlog", linthresh=10)
-    return plot, f"{experiment.title}; mean and deviation over the seeds."
+        begun = findings.summary(start.cells[column])
+        points = ({0.0: begun} if begun else {}) | dict(_costed(searches, column, findings))
+        _line(axes, enumerate(points.values()), "SR-popup", _LOOKS[0])
+        axes.set_xticks(range(len(points)), [f"{epochs:.0f}" for epochs in points])
+        axes.set(xlabel="epochs", ylabel="%")
+    caption = "0 epochs: the starting mask, statistics recalibrated; mean and deviation over the seeds."
+    return plot, f"{experiment.title}. {caption}"
 
 
 def _plot_bars(experiment: Experiment, findings: Findings) -> Drawn:
@@ -191,19 +217,20 @@ def _plot_bars(experiment: Experiment, findings: Findings) -> Drawn:
     axes.set(
         xlabel="sparsity of the masked layers", ylabel="accuracy (%)", ylim=(max(0, min(means) - 5), None)
     )
-    _legend([axes])
+    _legend(plot, [axes])
     return plot, f"{experiment.title}; mean and deviation over the seeds."
 
 
 def _plot_differences(experiment: Experiment, findings: Findings) -> Drawn:
     """Draw paired differences, a dot for each seed."""
     rows = [row for row in experiment.rows if findings.row(row)]
-    columns = [
-        c for c, _ in enumerate(experiment.columns) if any(r.cells[c] and r.cells[c].minus for r in rows)
-    ]
+    columns = [c for c, cell in enumerate(rows[0].cells) if cell and cell.minus]
     plot, panels = _panels([experiment.columns[c] for c in columns])
     plot.set_figheight(1.6 + 0.45 * len(rows))
-    names = [f"{row.group} {row.label}, {row.cost}" for row in rows]
+    names = [
+        f"{_title(row.group, row.cells, findings)}, {row.label}, {epochs_of(row, findings)} epochs"
+        for row in rows
+    ]
     for axes, column in zip(panels, columns, strict=True):
         axes.axvline(0, color="black", linewidth=1)
         for y, row in enumerate(rows):
@@ -236,7 +263,7 @@ def _plot_distortion(experiment: Experiment, findings: Findings) -> Drawn:
         ]
         _line(panels[2], [(q, summary) for q, summary in told if summary], kind, look)
     panels[2].set(xlabel="q", ylabel="% of swaps", xscale="log")
-    _legend(panels)
+    _legend(plot, panels)
     caption = "Boxes: quartiles over batches, draws and seeds; whiskers: to 1.5 times their distance."
     return plot, f"{experiment.title}. {caption}"
 

@@ -160,10 +160,8 @@ def _train(workshop: Workshop, run: Run) -> Result:
     training = Training(build(run.network), *load(run.data, run.images), settings, workshop.device)
     _, epochs, _ = _watch(training)
     workshop.keep(run, training.model.state_dict())
-    return _course(epochs) | {
-        "weights": _num_weights(training.model),
-        "dense_accuracy": epochs[-1]["test_accuracy"],
-    }
+    measured = {"weights": _num_weights(training.model), "dense_accuracy": epochs[-1]["test_accuracy"]}
+    return _course(epochs) | measured | _top5(workshop, run, training.model)
 
 
 def _take_up(workshop: Workshop, run: Run) -> Result:

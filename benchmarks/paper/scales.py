@@ -129,9 +129,8 @@ class Scale:
         if spec.kind == "mask":
             options = {name: value for name, value in options.items() if name not in _OF_STEPS}
             # Magnitudes of one network draw nothing.
-            seed = (
-                0 if options.get("criterion") == "magnitude" and source == self.run(spec.source, 0) else seed
-            )
+            if options.get("criterion") == "magnitude" and source and source.kind != "search":
+                seed = 0
         return Run(spec.kind, network, data, part.images, epochs, seed, _sorted(options), source)
 
     def _dense(self, network: str, data: str) -> Run:

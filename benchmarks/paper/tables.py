@@ -55,6 +55,11 @@ class Findings:
             Summary(mean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
         )
 
+    def networks(self, cells: Iterable[Cell | None]) -> str:
+        """Return the networks that cells are measured on at this scale."""
+        found = [runs[0].network for c in cells if c for runs in c.runs(self.scale, self.seeds)]
+        return ", ".join(dict.fromkeys(found))
+
     def row(self, row: Row) -> list[Result]:
         """Return the results of the runs that a row is about."""
         return list(
@@ -69,14 +74,14 @@ def table(name: str, findings: Findings) -> tuple[list[str], list[list[str]]]:
         c for c, _ in enumerate(experiment.columns) if any(_at(row.quoted, c) for row in experiment.rows)
     ]
     header = ["network", "method", "epochs, paper", *(f"paper: {experiment.columns[c]}" for c in quoted)]
-    header += ["epochs", *experiment.columns, "seeds", "seconds a run", "sparsity, masked / all layers"]
+    header += ["measured on", "epochs", *experiment.columns]
+    header += ["seeds", "seconds a run", "sparsity, masked / all layers"]
     lines = []
     for row in experiment.rows:
         paper = [_at(row.quoted, c) + _mark(name, experiment, row, c) for c in quoted]
         cells = [_cell(row, c, findings) for c, _ in enumerate(experiment.columns)]
-        lines.append(
-            [row.group, row.label, row.cost, *paper, *_epochs(row, findings), *cells, *_costs(row, findings)]
-        )
+        ours = [findings.networks(row.cells), epochs_of(row, findings), *cells, *_costs(row, findings)]
+        lines.append([row.group, row.label, row.cost, *paper, *ours])
     return header, lines
 
 
@@ -123,11 +128,11 @@ def _best(cell: Cell, findings: Findings) -> str:
     return f" (best on test {100 * mean(r['best_on_test'] for r in tried):.2f})"
 
 
-def _epochs(row: Row, findings: Findings) -> list[str]:
+def epochs_of(row: Row, findings: Findings) -> str:
     """Return our epochs, for fine-tuning those of the search before it too."""
     cells = [cell for cell in row.cells if cell]
     runs = [(cell, runs[0]) for cell in cells for runs in cell.runs(findings.scale, findings.seeds)]
-    return ["; ".join(dict.fromkeys(_own_epochs(cell, run) for cell, run in runs))]
+    return "; ".join(dict.fromkeys(_own_epochs(cell, run) for cell, run in runs))
 
 
 def _own_epochs(cell: Cell, run: Run) -> str:
