@@ -221,10 +221,12 @@ def masked_conv2d_score_grad_(
     if x.dim() != 4:
         raise ValueError(f"x must have 4 dimensions, got shape {list(x.shape)}")
     _require_channels(x, weight, groups)
-    window = [
-        _one_each(*each, 2) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))
-    ]
-    geometry = conv_op.Geometry(*window, groups)
+    geometry = conv_op.Geometry(
+        _one_each("stride", stride, 2),
+        _one_each("padding", padding, 2),
+        _one_each("dilation", dilation, 2),
+        groups,
+    )
     require_dtype("grad", grad, x.dtype)
     require_shape("grad", grad, conv_op.output_shape(x, weight, geometry))
     for name, tensor in (("x", x), ("grad", grad)):

@@ -147,10 +147,10 @@ class MaskedLayer(nn.Module):
 
     @property
     def patchable_effective_weight(self) -> Tensor | None:
-        """The effective weight to patch in place together with the mask, up to date or not; None if none is kept.
+        """The effective weight to patch in place together with the mask; None if none is kept.
 
-        At every step and layer it would take too long to ask whether it is up to date: the next forward pass
-        does, and builds one that is not anew.
+        It may be out of date, which is too slow to ask at every step and layer: the next forward pass asks,
+        and builds it anew where it is.
         """
         return self._effective
 

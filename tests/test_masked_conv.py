@@ -262,7 +262,6 @@ ERRORS = [
     ({"padding": "full"}, ValueError, 'padding must be numbers, "valid" or "same", got \'full\''),
     ({"padding": "same", "stride": 2}, ValueError, 'stride must be 1 where padding is "same", got (2, 2)'),
     ({"backend": "slow"}, ValueError, "backend must be one of auto, fused, dense, reference, got 'slow'"),
-    ({"backend": "fused"}, ValueError, "backend must be one of auto, dense, reference here, got 'fused'"),
 ]
 
 

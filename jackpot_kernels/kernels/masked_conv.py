@@ -653,7 +653,7 @@ def masked_conv_(
     """
     if y.numel() == 0:
         return
-    _require_small_images(x, y)
+    _require_short_offsets(weight, x, y)
     groups, inputs, outputs = _channels(weight, geometry)
     num_places = y.numel() // y.shape[1]
 
@@ -719,7 +719,7 @@ def masked_conv_input_grad_(
     """
     if dx.numel() == 0:
         return
-    _require_small_images(dx, grad)
+    _require_short_offsets(weight, dx, grad)
     groups, inputs, outputs = _channels(weight, geometry)
     num_images, _, height, width = dx.shape
     stride, _, dilation, _ = geometry
@@ -797,7 +797,7 @@ def masked_conv_weight_grads_(
         dweight: contiguous.  # as weight
         accumulate: add to ``dscores`` what is otherwise written to it.
     """
-    _require_small_images(x, grad)
+    _require_short_offsets(weight, x, grad)
     groups, inputs, outputs = _channels(weight, geometry)
     num_places = grad.numel() // grad.shape[1]
     flat = inputs < _FEW_CHANNELS
@@ -888,8 +888,12 @@ def masked_conv_weight_grads_(
         run(choose("masked_conv_weight_grads", key, configs, rehearse), dscores, accumulate)
 
 
-def _require_small_images(*tensors: Tensor) -> None:
-    for tensor in tensors:
+def _require_short_offsets(weight: Tensor, *images: Tensor) -> None:
+    if weight.numel() >= 2**31:
+        raise ValueError(
+            f'weight must have fewer than 2**31 elements for backend="fused", got shape {list(weight.shape)}'
+        )
+    for tensor in images:
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
         if last >= 2**31:
             raise ValueError(
