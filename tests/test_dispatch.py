@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -163,9 +166,24 @@ def refusal():
     return str(caught.value)
 
 
-def test_fused_without_triton(monkeypatch):
-    monkeypatch.setattr(availability, "find_spec", lambda name: None)
-    assert refusal() == 'backend="fused" cannot run: triton is not installed: run `pip install triton`'
+def test_fused_without_triton():
+    script = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+import jackpot_kernels as jk
+weight = torch.ones(5, 9)
+print(jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool()).tolist()[0][0])
+try:
+    jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend="fused")
+except RuntimeError as error:
+    print(error)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stdout.splitlines() == [
+        "9.0",
+        'backend="fused" cannot run: triton is not installed: run `pip install triton`',
+    ]
 
 
 def test_fused_without_a_device(monkeypatch):

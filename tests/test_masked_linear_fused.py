@@ -73,6 +73,17 @@ def test_strides_do_not_matter(inputs):
     assert grads[id(scores)].is_contiguous()
 
 
+def test_descriptors_are_only_made_of_whole_rows(monkeypatch):
+    for lists in ("MATMUL_CONFIGS", "GRADS_CONFIGS"):
+        configs = sorted(getattr(kernels, lists)["many tokens"], key=lambda c: -c.values["DESCRIPTORS"])
+        monkeypatch.setitem(getattr(kernels, lists), "many tokens", configs)
+    dtype = torch.bfloat16
+    _, _, scores, mask, bias = problem((80,), 16, 32, dtype)
+    x, weight = (torch.randn(32, size).to(dtype).t().requires_grad_() for size in (80, 16))
+    y = masked_linear(x, weight, scores, mask, bias, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, dtype)
+
+
 def test_gradient_of_an_expanded_sum():
     x, weight, scores, mask, bias = problem((3, 4), 5, 9)
     masked_linear(x, weight, scores, mask, bias, backend="fused").sum().backward()

@@ -27,7 +27,11 @@ def compiled():
         )
         for shard in range(SHARDS)
     ]
-    answers = [process.communicate()[0] for process in running]
+    try:
+        answers = [process.communicate()[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * SHARDS
     facts = [fact for answer in answers for fact in json.loads(answer)]
     return {(fact["module"], fact["name"], fact["architecture"]): fact for fact in facts}

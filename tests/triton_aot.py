@@ -19,12 +19,11 @@ TENSOR_CORE_INSTRUCTION = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
 
 
 def collect():
-    """Return a module's name, one of its variants and an architecture to compile it for, for each of these."""
+    """Return each module's name with each of its variants and each architecture to compile it for."""
     modules = [(name, import_module(f"jackpot_kernels.kernels.{name}")) for name in MODULES]
     return [
         (name, variant, architecture)
         for name, module in modules
-        if hasattr(module, "variants")
         for variant in module.variants()
         for architecture in ARCHITECTURES
         if architecture >= variant.minimum_architecture

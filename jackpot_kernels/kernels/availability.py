@@ -41,16 +41,17 @@ def _too_old(device: torch.device) -> str | None:
     return f"it needs a device of compute capability {wanted} or more, got {name} with {got}"
 
 
-@contextmanager
-def launching_on(device: torch.device) -> Iterator[None]:
-    """Make ``device`` the one that Triton launches on.
-
-    Raises:
-        RuntimeError: the kernels cannot run there.
-    """
+def require_available(device: torch.device) -> None:
+    """Raise RuntimeError, which says what is missing, where the kernels cannot run."""
     reason = why_not(device)
     if reason:
         raise RuntimeError(f'backend="fused" cannot run: {reason}')
+
+
+@contextmanager
+def launching_on(device: torch.device) -> Iterator[None]:
+    """Make ``device`` the one that Triton launches on; RuntimeError where it cannot."""
+    require_available(device)
     if device.type == "cpu":
         yield
         return

@@ -223,8 +223,8 @@ def _grads_config(
 # By what limits them: the weights' bytes where tokens are few, so their columns are split and every
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
-    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 5, splits=splits) for splits in (4, 1, 8)],
-    "tokens <= 64": [_matmul_config(64, 64, 128, 4, 4, splits=splits) for splits in (4, 1, 8)],
+    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 5, splits=splits) for splits in (4, 1)],
+    "tokens <= 64": [_matmul_config(64, 64, 128, 4, 4, splits=splits) for splits in (4, 1)],
     "many tokens": [
         _matmul_config(128, 128, 64, 8, 3),
         _matmul_config(128, 128, 64, 8, 4, descriptors=True),
@@ -383,11 +383,11 @@ def _kind(x: Tensor, aligned: bool, few: str, some: str) -> str:
 
 
 def _usable(configs: list[Config], *matrices: Tensor) -> list[Config]:
-    """Return the configurations that serve these matrices: the copy engine is Hopper's, and reads whole rows."""
+    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows."""
     device = matrices[0].device
     engine = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
     rows = all(m.stride(1) == 1 and m.stride(0) >= m.shape[1] for m in matrices)
-    return [config for config in configs if engine and rows or not config.values["DESCRIPTORS"]]
+    return [config for config in configs if (engine and rows) or not config.values["DESCRIPTORS"]]
 
 
 def _source(matrix: Tensor, tile: list[int], config: Config) -> Tensor | TensorDescriptor:
