@@ -361,6 +361,21 @@ def test_bad_input_is_one_sentence(options, sentence, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "backend, sentence",
+    [
+        ("cudnn", "the environment variable JACKPOT_BACKEND must be one of auto, fused, dense, reference"),
+        ("fused", 'backend="fused" cannot run: it needs CUDA tensors, or TRITON_INTERPRET=1'),
+    ],
+)
+def test_backend_that_cannot_run_is_one_sentence(backend, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr("jackpot_kernels.kernels.availability.interpreting", lambda: False)
+    monkeypatch.setenv("JACKPOT_BACKEND", backend)
+    result = search(tmp_path / "out", *PLAIN, *TINY, expect=2)
+    assert result.stderr.startswith(f"jackpot: {sentence}")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_search_wants_model_and_data(tmp_path):
     assert (
         f"model must be {', '.join(MODELS)} or module:callable, got none" in search(tmp_path, expect=2).stderr

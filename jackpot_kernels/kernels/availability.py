@@ -11,6 +11,10 @@ import torch
 MINIMUM_CAPABILITY = (8, 0)
 
 
+class BackendUnavailableError(RuntimeError):
+    """The kernels cannot run where they were asked to."""
+
+
 def interpreting() -> bool:
     """Tell whether kernels run in Triton's interpreter, as they do for ``TRITON_INTERPRET=1``."""
     from triton import knobs
@@ -42,15 +46,15 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def require_available(device: torch.device) -> None:
-    """Raise RuntimeError, which says what is missing, where the kernels cannot run."""
+    """Raise BackendUnavailableError, which says what is missing, where the kernels cannot run."""
     reason = why_not(device)
     if reason:
-        raise RuntimeError(f'backend="fused" cannot run: {reason}')
+        raise BackendUnavailableError(f'backend="fused" cannot run: {reason}')
 
 
 @contextmanager
 def launching_on(device: torch.device) -> Iterator[None]:
-    """Make ``device`` the one that Triton launches on; RuntimeError where it cannot."""
+    """Make ``device`` the one that Triton launches on; BackendUnavailableError where it cannot."""
     require_available(device)
     if device.type == "cpu":
         yield
