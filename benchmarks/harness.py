@@ -100,9 +100,10 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def facts() -> dict[str, Any]:
-    """Return the environment of a run, less the path of its library, which tells of one machine only."""
+    """Return the environment of a run, less the paths in it, which tell of one machine only."""
     found = environment()
-    found["extension"].pop("path", None)
+    for part in ("extension", "tuning"):
+        found[part].pop("path", None)
     return found
 
 
