@@ -79,8 +79,8 @@ def contest(
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, where it can be told to.
 
-    Otherwise a training step of ResNet-32 gives its activations back to the system and takes 20,000 pages
-    anew, which costs as much as the step itself and differs from contender to contender by chance.
+    Otherwise every training step gives its activations back to the system and takes the pages anew, which
+    costs what it may and differs from contender to contender by chance.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
