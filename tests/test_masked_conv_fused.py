@@ -4,6 +4,7 @@ import pytest
 import torch
 from closed_forms import assert_near, conv, double
 from test_masked_conv import CASES, MASKED, assert_right, geometry, plain, problem
+from test_masked_linear_fused import spread_out, timed
 from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,8 @@ CASES = {name: case for name, case in CASES.items() if name != "3d"} | {
         {"stride": (2, 3), "padding": (2, 1), "dilation": 2, "groups": 2},
     ),
     "wide 1x1": (2, (5, 3), 20, 17, (1, 1), {}),
+    "wide, words and blocks": (1, (4, 3), 33, 70, (2, 1), {}),
+    "wide 1x1, whole words": (1, (4, 3), 32, 64, (1, 1), {"stride": 2}),
     "wide 1x1, stride": (2, (7, 5), 20, 17, (1, 1), {"stride": 2}),
     "stride beyond the window": (2, (11, 7), 18, 16, (2, 1), {"stride": (3, 2), "padding": 1}),
     "stride and dilation share a factor": (1, (9, 9), 17, 16, (3, 3), {"stride": 2, "dilation": 2}),
@@ -129,6 +132,50 @@ def test_every_configuration(lists, kind, i, monkeypatch):
     (x, weight, scores), mask, bias, options = problem("wide")
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
     assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 2, 3), (2, 64, 1, 1), (5, 33, 1, 1), (4, 70, 2, 2), (40, 32, 3, 1)])
+def test_realigned_words(shape, flat):
+    mask = torch.rand(shape) < 0.5
+    rows = mask.flatten(1)[:, None] if flat else mask.flatten(2).transpose(1, 2)  # [O, TAPS, C]
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[2] % 32))
+    words = kernels._realigned(pack_mask(mask), torch.empty(shape), flat)
+    assert torch.equal(words, pack_mask(padded.contiguous()))
+
+
+def test_tiles_that_need_hopper_are_left_out_before(monkeypatch):
+    class Images:
+        dtype, device = torch.bfloat16, torch.device("cuda", 0)
+
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        widest = max(c.values["BLOCK_N"] for c in kernels._pick(kernels.FORWARD_CONFIGS, Images, False))
+        assert widest == (256 if capability >= (9, 0) else 128)
+
+
+@pytest.mark.parametrize("case", ["wide", "in parts"])
+def test_timing_adds_nothing_to_the_scores(case, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", timed)
+    (x, weight, _), _, _, options = problem(case)
+    stride, dilation, groups, pads = geometry(x, weight, options)
+    window = {"stride": stride, "padding": [a for a, _ in pads], "dilation": dilation, "groups": groups}
+    grad = torch.randn(reference.masked_conv(x, weight, weight, weight > 0, None, *window.values()).shape)
+    written, sums = torch.empty(weight.shape), torch.ones(weight.shape)
+    masked_conv2d_score_grad_(written, grad, x, weight, **window, accumulate=False, backend="fused")
+    masked_conv2d_score_grad_(sums, grad, x, weight, **window, backend="fused")
+    torch.testing.assert_close(sums, 1 + written)
+
+
+def test_images_beyond_32_bits():
+    """Images lie so far apart that offsets between them need 64 bits; the memory in between is never used."""
+    x, weight = torch.randn(3, 3, 4, 4).bfloat16(), torch.randn(4, 3, 3, 3).bfloat16()
+    mask, scores = weight > 0, torch.randn(weight.shape, requires_grad=True)
+    results = []
+    for images, backend in ((spread_out(x, 2**30 + 16), "fused"), (x, "dense")):
+        y = masked_conv2d(images, weight, scores, mask, backend=backend)
+        results.append((y, *torch.autograd.grad(y.float().sum(), scores)))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("case", ["in parts", "wide, in parts", "depthwise"])

@@ -24,6 +24,24 @@ SIZES = [  # besides those of the other backends: more than a block, and whole w
 ]
 
 
+def timed(op, key, configs, run):
+    """Choose a configuration as on a device, where each is launched several times."""
+    for config in configs:
+        run(config)
+        run(config)
+    return configs[-1]
+
+
+def spread_out(tensor, stride):
+    """Return a copy whose first dimension has a stride; the memory in between is not written."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        far = torch.empty_strided(tensor.shape, (stride, *tensor.stride()[1:]), dtype=tensor.dtype)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    return far.copy_(tensor)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES + SIZES, ids=str)
 def test_matches_closed_form(shape, dtype):
@@ -82,6 +100,46 @@ def test_descriptors_are_only_made_of_whole_rows(monkeypatch):
     x, weight = (torch.randn(32, size).to(dtype).t().requires_grad_() for size in (80, 16))
     y = masked_linear(x, weight, scores, mask, bias, backend="fused")
     assert_right(y, x, weight, scores, mask, bias, dtype)
+
+
+@pytest.mark.parametrize("inputs", [32, 45])
+def test_rows_beyond_32_bits(inputs):
+    x, weight, scores, mask, bias = (t.detach() for t in problem((34,), 16, inputs, torch.bfloat16))
+    far = spread_out(x, 2**26 + 16)
+    scores.requires_grad_()
+    y = masked_linear(far, weight, scores, mask, bias, backend="fused")
+    torch.testing.assert_close(y, masked_linear(x, weight, scores, mask, bias, backend="dense"))
+    (dscores,) = torch.autograd.grad(y.sum(), scores)
+    torch.testing.assert_close(dscores, x.float().sum(0) * weight.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_choice_for_whole_rows_is_not_used_for_others(monkeypatch):
+    seen = []
+
+    def choose(op, key, configs, run):
+        seen.append((op, key, any(config.values["DESCRIPTORS"] for config in configs)))
+        return configs[0]
+
+    monkeypatch.setattr(kernels, "choose", choose)
+    weight = torch.randn(16, 32).bfloat16().requires_grad_()
+    mask, scores = weight > 0, torch.randn(16, 32, requires_grad=True)
+    for x in (torch.randn(80, 32), torch.randn(32, 80).t()):
+        y = masked_linear(x.bfloat16(), weight.detach(), scores, mask, backend="fused")
+        y.backward(torch.randn(80, 16).bfloat16())
+    engine = [uses for _, _, uses in seen]
+    assert engine == [True, True, False, False]
+    assert len({(op, key) for op, key, _ in seen}) == 4
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_timing_adds_nothing_to_the_scores(tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "choose", timed)
+    x, weight = torch.randn(tokens, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    grad = torch.randn(tokens, 16).bfloat16()
+    written, sums = torch.empty(16, 64), torch.ones(16, 64)
+    masked_linear_score_grad_(written, grad, x, weight, accumulate=False, backend="fused")
+    masked_linear_score_grad_(sums, grad, x, weight, backend="fused")
+    torch.testing.assert_close(sums, 1 + written)
 
 
 def test_gradient_of_an_expanded_sum():
@@ -264,6 +322,17 @@ def test_checkpointed_layer(reentrant):
     (wanted,) = torch.autograd.grad(layer(x).square().sum(), layer.scores)
     checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
     torch.testing.assert_close(layer.scores.grad, wanted, rtol=0, atol=0)
+
+
+def test_distributed_data_parallel(tmp_path):
+    layer, x = layer_and_input()
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), layer.scores)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        torch.nn.parallel.DistributedDataParallel(layer)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(layer.scores.grad, wanted)
 
 
 def test_context_manager_reaches_a_whole_model():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,12 @@ def test_fits(compiled, module, variant, architecture):
     assert fact["registers"] > 0
     if variant.tensor_cores:
         assert set(fact["tensor_cores"]) & TENSOR_CORES[architecture]
+
+
+def test_every_problem_has_a_configuration_for_devices_with_less_shared_memory(compiled):
+    """Devices of capability 8.6, 8.9 and 12.0 have 99 KiB for a block."""
+    least = {}
+    for (module, name, architecture), fact in compiled.items():
+        problem = module, re.sub(r", \d.*", "", name), architecture
+        least[problem] = min(fact["shared"], least.get(problem, fact["shared"]))
+    assert max(least.values()) <= 99 * KIB

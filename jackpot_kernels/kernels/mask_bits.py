@@ -66,6 +66,27 @@ def keep_tile_anywhere(
     return _unpacked((pair >> (index & 31)).to(tl.int32), BLOCK_ROWS, BLOCK_COLUMNS)
 
 
+@triton.jit(do_not_specialize=["size", "C"])
+def realign_kernel(
+    words_ptr,  # packed mask of [F, C, TAPS]
+    realigned_ptr,  # [F, TAPS, ceil(C / 32)]
+    size,  # words that are written
+    C,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Put the bits of a tap's channels one after the other, and start each tap on a word."""
+    num_words = tl.cdiv(C, 32)  # of a tap
+    o_word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    output, tap = o_word // num_words // TAPS, o_word // num_words % TAPS
+    channel = (o_word % num_words * 32)[:, None] + tl.arange(0, 32)[None, :]
+    index = ((output * C)[:, None] + channel) * TAPS + tap[:, None]
+    inside = o_word < size
+    b_keep = keep_bits(words_ptr, index, inside[:, None] & (channel < C))  # [BLOCK, 32]
+    words = tl.sum(b_keep.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+    tl.store(realigned_ptr + o_word, words, mask=inside)
+
+
 @triton.jit
 def _unpacked(words, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Return the bits of words [BLOCK_ROWS, BLOCK_COLUMNS / 32] as a tile [BLOCK_ROWS, BLOCK_COLUMNS]."""

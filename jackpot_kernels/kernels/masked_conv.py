@@ -8,13 +8,14 @@ of channel c, zero where that is padding:
     G[f, c, t] = sum over p of dy[f, p] x[c, p, t];  dscores = G * w;  dweight = G * mask
 
 The masked weight is the left operand of its products, which may come from registers. A step of their sums
-takes one tap of BLOCK_K channels, or, FLAT, BLOCK_K pairs of channel and tap where channels are few. Tensors
-have any strides; C inputs and F outputs are those of one group; offsets within an image or the weight fit in
-32 bits.
+takes one tap of BLOCK_K channels, or, FLAT, BLOCK_K pairs of channel and tap where channels are few. The mask
+is put into that order first, so that a step reads a word for 32 weights. Tensors have any strides; C inputs
+and F outputs are those of one group; offsets within an image or the weight fit in 32 bits.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,15 +25,18 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import launching_on
 from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.mask_bits import keep_bits
+from jackpot_kernels.kernels.mask_bits import keep_bits, keep_tile, realign_kernel
 from jackpot_kernels.kernels.tuning import Config, Variant, choose
 
+# What makes no better code where it is 1 or a multiple of 16: so a network needs fewer kernels compiled.
+_UNSPECIALIZED = ["N", "H", "W", "P", "Q", "pad_h", "pad_w", "part"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_fwd_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
-    words_ptr,
+    words_ptr,  # [groups * F, KERNEL_H * KERNEL_W, ceil(C / 32)]; or, FLAT, as w, rows padded
     bias_ptr,  # [groups * F]
     y_ptr,  # [N, groups * F, P, Q]
     N,
@@ -71,6 +75,7 @@ def conv_fwd_kernel(
 ):
     """Write BLOCK_M outputs of a group at BLOCK_N positions."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    ROWS: tl.constexpr = 1 if FLAT else TAPS  # of the mask, for each output
     i_o, i_p = tl.program_id(0) % tl.cdiv(F, BLOCK_M), tl.program_id(0) // tl.cdiv(F, BLOCK_M)
     i_group = tl.program_id(1)
     o_o = i_o * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -86,9 +91,11 @@ def conv_fwd_kernel(
         r, s = tap // KERNEL_W, tap % KERNEL_W
         m_w = m_o[:, None] & (o_c < C)[None, :]
         o_w = o_o[:, None] * stride_wo + (o_c * stride_wc + (r * stride_wr + s * stride_ws))[None, :]
-        index = o_o[:, None] * (C * TAPS) + (o_c * TAPS + tap)[None, :]
         b_w = tl.load(w_ptr + o_w, mask=m_w, other=0)  # [BLOCK_M, BLOCK_K]
-        b_w = tl.where(keep_bits(words_ptr, index, m_w), b_w, 0)
+        row, column = o_o * ROWS + step % ROWS, step // ROWS * BLOCK_K
+        num_rows, num_columns = (i_group + 1) * F * ROWS, tl.cdiv(C * (TAPS // ROWS), 32) * 32
+        b_keep = keep_tile(words_ptr, row, column, num_rows, num_columns, BLOCK_M, BLOCK_K)
+        b_w = tl.where(b_keep, b_w, 0)
         h, w = top[None, :] + (r * dilation_h)[:, None], left[None, :] + (s * dilation_w)[:, None]
         m_x = (h >= 0) & (h < H) & (w >= 0) & (w < W) & m_n[None, :] & (o_c < C)[:, None]
         o_x = (o_c * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)
@@ -102,11 +109,11 @@ def conv_fwd_kernel(
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_dx_kernel(
     dy_ptr,  # [N, groups * F, P, Q]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
-    words_ptr,
+    words_ptr,  # [groups * F, KERNEL_H * KERNEL_W, ceil(C / 32)]
     dx_ptr,  # [N, groups * C, H, W]
     N,
     H,
@@ -167,9 +174,11 @@ def conv_dx_kernel(
         m_w = m_c[:, None] & (o_o < F)[None, :]
         row = i_group * F + o_o
         o_w = (o_c * stride_wc)[:, None] + (row * stride_wo + (r * stride_wr + s * stride_ws))[None, :]
-        index = (o_c * TAPS)[:, None] + (row * (C * TAPS) + (r * KERNEL_W + s))[None, :]
         b_w = tl.load(w_ptr + o_w, mask=m_w, other=0)  # [BLOCK_M, BLOCK_K]
-        b_w = tl.where(keep_bits(words_ptr, index, m_w), b_w, 0)
+        row = row * TAPS + (r * KERNEL_W + s)
+        num_rows, num_columns = (i_group + 1) * F * TAPS, tl.cdiv(C, 32) * 32
+        b_keep = keep_tile(words_ptr, row, i_c * BLOCK_M, num_rows, num_columns, BLOCK_K, BLOCK_M)
+        b_w = tl.where(tl.trans(b_keep), b_w, 0)
         p = (h + pad_h)[None, :] - (r * dilation_h)[:, None]
         q = (w + pad_w)[None, :] - (s * dilation_w)[:, None]
         m_y = (p >= 0) & (p < P * step_h) & (q >= 0) & (q < Q * step_w)
@@ -183,7 +192,7 @@ def conv_dx_kernel(
     tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_weight_grads_kernel(
     dy_ptr,  # [N, groups * F, P, Q]
     x_ptr,  # [N, groups * C, H, W]
@@ -266,22 +275,24 @@ def conv_weight_grads_kernel(
     if HAS_PARTS:
         tl.store(parts_ptr + i_part * (groups * F * C * TAPS) + index, b_g, mask=m_w)
     else:
-        write_grads(
-            b_g,
-            index,
-            o_w,
-            m_w,
-            w_ptr,
-            words_ptr,
-            dscores_ptr,
-            dweight_ptr,
-            HAS_SCORES,
-            HAS_WEIGHT,
-            ACCUMULATE,
-        )
+        # Half a tile at a time: the addresses of a whole one do not fit in registers.
+        for i in tl.static_range(2):
+            write_grads(
+                halves(b_g)[i],
+                halves(index)[i],
+                halves(o_w)[i],
+                halves(m_w)[i],
+                w_ptr,
+                words_ptr,
+                dscores_ptr,
+                dweight_ptr,
+                HAS_SCORES,
+                HAS_WEIGHT,
+                ACCUMULATE,
+            )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "num_parts"])
 def conv_sum_parts_kernel(
     parts_ptr,  # [PARTS, F, C, KERNEL_H, KERNEL_W]
     w_ptr,  # [F, C, KERNEL_H, KERNEL_W]
@@ -326,7 +337,7 @@ def conv_sum_parts_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def depthwise_fwd_kernel(
     x_ptr,  # [N, F / MULTIPLIER, H, W]
     w_ptr,  # [F, 1, KERNEL_H, KERNEL_W]
@@ -388,7 +399,7 @@ def depthwise_fwd_kernel(
     tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def depthwise_dx_kernel(
     dy_ptr,  # [N, C * MULTIPLIER, P, Q]
     w_ptr,  # [C * MULTIPLIER, 1, KERNEL_H, KERNEL_W]
@@ -449,7 +460,7 @@ def depthwise_dx_kernel(
     tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def depthwise_weight_grads_kernel(
     dy_ptr,  # [N, F, P, Q]
     x_ptr,  # [N, F / MULTIPLIER, H, W]
@@ -569,6 +580,12 @@ def taps_that_see(place, step, dilation, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def halves(tile):  # [M, N] -> [M, N / 2], [M, N / 2]
+    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+@triton.jit
 def write_grads(
     b_g,
     index,
@@ -602,6 +619,8 @@ _FEW_CHANNELS = 16
 _PROGRAMS = 264
 # Blocks of positions that a part of a sum has at least.
 _LEAST_BLOCKS = 4
+# Words that a program realigns.
+_REALIGN_BLOCK = 32
 
 
 def _config(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
@@ -611,32 +630,32 @@ def _config(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
 # By what limits them: 16-bit elements or float32, elements that cannot be copied 16 bytes at a time because
 # channels are not next to each other ("scattered"), and the registers of exact float32 products.
 FORWARD_CONFIGS = {
-    "half": [_config(128, 128, 32, 8, 4), _config(64, 128, 64, 8, 3), _config(64, 128, 32, 4, 4)],
-    "half scattered": [_config(64, 128, 64, 8, 3)],
+    "half": [_config(128, 128, 64, 8, 3), _config(128, 256, 64, 8, 3), _config(64, 128, 32, 4, 4)],
+    "half scattered": [_config(64, 128, 32, 8, 2)],
     "tf32": [_config(64, 128, 32, 8, 3), _config(64, 64, 32, 4, 3)],
     "tf32 scattered": [_config(64, 64, 32, 4, 3)],
-    "ieee": [_config(32, 32, 16, 4, 3)],
+    "ieee": [_config(32, 32, 32, 4, 3)],
 }
 INPUT_CONFIGS = {
-    "half": [_config(128, 128, 32, 8, 4), _config(64, 128, 64, 8, 3), _config(64, 128, 32, 4, 4)],
-    "half scattered": [_config(64, 128, 64, 8, 3)],
+    "half": [_config(128, 128, 64, 8, 3), _config(128, 256, 64, 8, 3), _config(64, 128, 32, 4, 4)],
+    "half scattered": [_config(64, 128, 32, 8, 2)],
     "tf32": [_config(128, 64, 32, 8, 3)],
-    "tf32 scattered": [_config(64, 64, 32, 4, 3)],
-    "ieee": [_config(32, 32, 16, 4, 3)],
+    "tf32 scattered": [_config(64, 64, 32, 8, 3)],
+    "ieee": [_config(32, 32, 32, 4, 3)],
 }
 WEIGHT_CONFIGS = {
     "half": [_config(128, 128, 64, 8, 3), _config(64, 128, 32, 4, 4), _config(128, 64, 64, 8, 3)],
-    "half scattered": [_config(64, 64, 64, 8, 3)],
+    "half scattered": [_config(64, 64, 32, 8, 2)],
     "tf32": [_config(64, 128, 32, 8, 3), _config(64, 64, 32, 8, 3)],
-    "tf32 scattered": [_config(64, 64, 32, 8, 3)],
-    "ieee": [_config(32, 32, 16, 4, 3)],
+    "tf32 scattered": [_config(64, 64, 32, 8, 2)],
+    "ieee": [_config(32, 32, 32, 4, 3)],
 }
 # Blocks that follow memory: along the channels, or, where these are scattered, along the places of an image.
 DEPTHWISE_CONFIGS = {
     False: Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3),
     True: Config({"BLOCK_M": 4, "BLOCK_N": 256}, 4, 3),
 }
-DEPTHWISE_WEIGHT_CONFIGS = {False: _config(32, 16, 8, 4, 3), True: _config(2, 16, 128, 4, 3)}
+DEPTHWISE_WEIGHT_CONFIGS = {False: _config(32, 16, 8, 4, 3), True: _config(2, 16, 128, 8, 3)}
 
 
 def masked_conv_(
@@ -656,6 +675,7 @@ def masked_conv_(
     _require_short_offsets(weight, x, y)
     groups, inputs, outputs = _channels(weight, geometry)
     num_places = y.numel() // y.shape[1]
+    flat = inputs < _FEW_CHANNELS
 
     def run_depthwise(config: Config) -> None:
         depthwise_fwd_kernel[(_tiles(groups * outputs, num_places, config),)](
@@ -691,7 +711,7 @@ def masked_conv_(
             *y.stride(),
             *_window(geometry),
             **_kernel_size(weight),
-            FLAT=inputs < _FEW_CHANNELS,
+            FLAT=flat,
             HAS_BIAS=bias is not None,
             PRECISION=_precision(x),
             **config.options,
@@ -701,8 +721,8 @@ def masked_conv_(
         if _is_depthwise(weight, groups):
             run_depthwise(DEPTHWISE_CONFIGS[_is_scattered((groups,), x, y)])
             return
-        scattered = _is_scattered((inputs, outputs), x, weight)
-        configs = _pick(FORWARD_CONFIGS, x, scattered or inputs < _FEW_CHANNELS)
+        words = _realigned(words, weight, flat)
+        configs = _pick(FORWARD_CONFIGS, x, flat or _is_scattered((inputs, outputs), x, weight))
         run(choose("masked_conv", _key(x, y, weight, geometry), configs, run))
 
 
@@ -723,6 +743,7 @@ def masked_conv_input_grad_(
     groups, inputs, outputs = _channels(weight, geometry)
     num_images, _, height, width = dx.shape
     stride, _, dilation, _ = geometry
+    flat = outputs < _FEW_CHANNELS
 
     def run_depthwise(config: Config) -> None:
         depthwise_dx_kernel[(_tiles(groups, num_images * height * width, config),)](
@@ -758,7 +779,7 @@ def masked_conv_input_grad_(
             *_window(geometry),
             *(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
             **_kernel_size(weight),
-            FLAT=outputs < _FEW_CHANNELS,
+            FLAT=flat,
             PRECISION=_precision(grad),
             **config.options,
         )
@@ -767,8 +788,8 @@ def masked_conv_input_grad_(
         if _is_depthwise(weight, groups):
             run_depthwise(DEPTHWISE_CONFIGS[_is_scattered((groups,), grad, dx)])
             return
-        scattered = _is_scattered((inputs, outputs), grad, weight)
-        configs = _pick(INPUT_CONFIGS, grad, scattered or outputs < _FEW_CHANNELS)
+        words = _realigned(words, weight, False)
+        configs = _pick(INPUT_CONFIGS, grad, flat or _is_scattered((inputs, outputs), grad, weight))
         run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry), configs, run))
 
 
@@ -876,14 +897,13 @@ def masked_conv_weight_grads_(
 
     def rehearse(config: Config) -> None:
         """Add to scores that nobody needs."""
-        run(config, torch.zeros_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
+        run(config, torch.empty_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
 
     with launching_on(x.device):
         if _is_depthwise(weight, groups):
             run_depthwise(DEPTHWISE_WEIGHT_CONFIGS[_is_scattered((groups,), grad, x)])
             return
-        scattered = _is_scattered((inputs, outputs), grad, x)
-        configs = _pick(WEIGHT_CONFIGS, x, scattered or flat)
+        configs = _pick(WEIGHT_CONFIGS, x, flat or _is_scattered((inputs, outputs), grad, x))
         key = (*_key(x, grad, weight, geometry), accumulate, dweight is not None)
         run(choose("masked_conv_weight_grads", key, configs, rehearse), dscores, accumulate)
 
@@ -908,6 +928,21 @@ def _channels(weight: Tensor, geometry: Geometry) -> tuple[int, int, int]:
     return groups, weight.shape[1], weight.shape[0] // groups
 
 
+def _realigned(words: Tensor, weight: Tensor, flat: bool) -> Tensor:
+    """Return words of [outputs, taps, channels], or [outputs, channels * taps] if ``flat``, rows padded."""
+    outputs, columns = weight.shape[:2]
+    num_taps = weight.shape[2] * weight.shape[3]
+    if flat:
+        columns, num_taps = columns * num_taps, 1
+    if num_taps == 1 and columns % 32 == 0:
+        return words
+    realigned = words.new_empty(outputs * num_taps * triton.cdiv(columns, 32))
+    realign_kernel[(triton.cdiv(len(realigned), _REALIGN_BLOCK),)](
+        words, realigned, len(realigned), columns, TAPS=num_taps, BLOCK=_REALIGN_BLOCK
+    )
+    return realigned
+
+
 def _is_depthwise(weight: Tensor, groups: int) -> bool:
     return weight.shape[1] == 1 and groups > 1
 
@@ -927,9 +962,16 @@ def _precision(x: Tensor) -> str:
 
 
 def _pick(configs: dict[str, list[Config]], x: Tensor, scattered: bool) -> list[Config]:
-    """Return the configurations for the dtype and the order of the operands."""
+    """Return the configurations for the device, the dtype and the order of the operands."""
     kind = _precision(x) if x.dtype == torch.float32 else "half"
-    return configs.get(f"{kind} scattered", configs[kind]) if scattered else configs[kind]
+    listed = configs.get(f"{kind} scattered", configs[kind]) if scattered else configs[kind]
+    hopper = x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return [config for config in listed if hopper or not _is_wide(config)]
+
+
+def _is_wide(config: Config) -> bool:
+    """Tell whether the sums of a tile leave no registers for the rest of it on devices before Hopper."""
+    return config.values["BLOCK_N"] > 128
 
 
 def _tiles(rows: int, columns: int, config: Config) -> int:
@@ -980,30 +1022,35 @@ def variants() -> Iterator[Variant]:
         (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1}),
         (conv_weight_grads_kernel, WEIGHT_CONFIGS, grads),
     ):
-        for kind, configs in table.items():
-            for scattered in (False, True):
-                if kind.endswith("scattered") > scattered or (scattered and f"{kind} scattered" in table):
-                    continue
-                of_kind = {"PRECISION": "ieee" if kind == "ieee" else "tf32", "FLAT": scattered}
-                if kernel is conv_weight_grads_kernel:
-                    of_kind["HAS_WEIGHT"] = scattered
-                for config in configs:
-                    yield _variant(kernel, kind.split()[0], scattered, constants | of_kind, config)
-    for scattered in (False, True):
+        for kind, (layout, scattered) in product(("half", "tf32", "ieee"), _LAYOUTS.items()):
+            of_kind = {"PRECISION": "ieee" if kind == "ieee" else "tf32", "FLAT": layout == "few channels"}
+            if kernel is conv_weight_grads_kernel:
+                of_kind["HAS_WEIGHT"] = scattered
+            for config in table.get(f"{kind} scattered", table[kind]) if scattered else table[kind]:
+                yield _variant(kernel, kind, layout, constants | of_kind, config)
+    for layout in ("channels_last", "scattered"):
         constants = {"MULTIPLIER": 1}
         with_bias = constants | {"HAS_BIAS": True}
-        config = DEPTHWISE_CONFIGS[scattered]
-        yield _variant(depthwise_fwd_kernel, "half", scattered, with_bias, config)
-        yield _variant(depthwise_dx_kernel, "half", scattered, constants, config)
-        config = DEPTHWISE_WEIGHT_CONFIGS[scattered]
-        yield _variant(depthwise_weight_grads_kernel, "half", scattered, constants, config)
+        config = DEPTHWISE_CONFIGS[_LAYOUTS[layout]]
+        yield _variant(depthwise_fwd_kernel, "half", layout, with_bias, config)
+        yield _variant(depthwise_dx_kernel, "half", layout, constants, config)
+        config = DEPTHWISE_WEIGHT_CONFIGS[_LAYOUTS[layout]]
+        yield _variant(depthwise_weight_grads_kernel, "half", layout, constants, config)
     constants = {"HAS_SCORES": True, "HAS_WEIGHT": True, "ACCUMULATE": True}
-    yield _variant(conv_sum_parts_kernel, "half", False, constants, Config({"BLOCK": 1024}, 4, 3))
+    yield _variant(conv_sum_parts_kernel, "half", "channels_last", constants, Config({"BLOCK": 1024}, 4, 3))
+    types = {"words_ptr": "*i32", "realigned_ptr": "*i32", "TAPS": "constexpr", "BLOCK": "constexpr"}
+    signature = {name: types.get(name, "i32") for name in realign_kernel.arg_names}
+    constants = {"TAPS": 9, "BLOCK": _REALIGN_BLOCK}
+    yield Variant("realign", realign_kernel, signature, constants, Config({}, 4, 3), tensor_cores=False)
 
 
-def _variant(kernel: Any, kind: str, scattered: bool, constants: dict[str, Any], config: Config) -> Variant:
+# Whether the channels of a layout are scattered, at least for the kernels.
+_LAYOUTS = {"channels_last": False, "scattered": True, "few channels": True}
+
+
+def _variant(kernel: Any, kind: str, layout: str, constants: dict[str, Any], config: Config) -> Variant:
     """Return a variant whose steps are 1, and whose channels, or else columns, are next to each other."""
-    names = kernel.arg_names
+    names, scattered = kernel.arg_names, _LAYOUTS[layout]
     dense = ("xw", "ws", "yq") if scattered else ("xc", "wc", "yo")
     ones = ["step_h", "step_w", "dilation_h", "dilation_w", *(f"stride_{dimension}" for dimension in dense)]
     constants = constants | {"KERNEL_H": 3, "KERNEL_W": 3} | {name: 1 for name in ones if name in names}
@@ -1014,7 +1061,6 @@ def _variant(kernel: Any, kind: str, scattered: bool, constants: dict[str, Any],
     pointers = tuple(name for name in names if name.endswith("_ptr"))
     numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
     sizes = "x".join(str(size) for size in config.values.values())
-    layout = "scattered" if scattered else "channels_last"
     return Variant(
         f"{kernel.__name__}, {kind}, {layout}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
         kernel,
@@ -1023,4 +1069,5 @@ def _variant(kernel: Any, kind: str, scattered: bool, constants: dict[str, Any],
         config,
         pointers if scattered else pointers + numbers,
         tensor_cores="PRECISION" in constants and constants["PRECISION"] != "ieee",
+        minimum_architecture=90 if "PRECISION" in constants and _is_wide(config) else 80,
     )

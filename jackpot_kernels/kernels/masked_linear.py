@@ -6,6 +6,7 @@ come from registers, where the mask is applied; a right one would have to go bac
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from jackpot_kernels.kernels.mask_bits import keep_tile, keep_tile_anywhere
 from jackpot_kernels.kernels.tuning import Config, Variant, choose
 
 
-@triton.jit
+# The number of tokens changes from call to call, so it is no reason to compile anew.
+@triton.jit(do_not_specialize=["N"])
 def masked_matmul_kernel(
     x_ptr,  # [N, Q]; where DESCRIPTORS, this and the next describe tiles to the device's copy engine
     w_ptr,  # [P, Q], or [Q, P] where TRANSPOSED
@@ -64,8 +66,8 @@ def masked_matmul_kernel(
             m_q = q + tl.arange(0, BLOCK_Q) < Q
             b_w = tl.load(p_w, mask=m_p[:, None] & m_q[None, :], other=0)  # [BLOCK_P, BLOCK_Q]
             b_x = tl.load(p_x, mask=m_q[:, None] & m_n[None, :], other=0)  # [BLOCK_Q, BLOCK_N]
-            p_w += SPLITS * BLOCK_Q * stride_wq
-            p_x += SPLITS * BLOCK_Q * stride_xq
+            p_w += tl.cast(SPLITS * BLOCK_Q, tl.int64) * stride_wq
+            p_x += tl.cast(SPLITS * BLOCK_Q, tl.int64) * stride_xq
         b_keep = kept_block(words_ptr, i_p * BLOCK_P, q, P, Q, TRANSPOSED, WHOLE_WORDS, BLOCK_P, BLOCK_Q)
         b_y = dot(tl.where(b_keep, b_w, 0), b_x, b_y, PRECISION)
 
@@ -99,7 +101,7 @@ def kept_block(
     return keep_tile_anywhere(words_ptr, rows, column, P, Q, BLOCK_P, BLOCK_Q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def sum_splits_kernel(
     parts_ptr,  # [SPLITS, N, P]
     bias_ptr,  # [P]
@@ -121,7 +123,7 @@ def sum_splits_kernel(
     tl.store(y_ptr + o_y, b_y.to(y_ptr.dtype.element_ty), mask=m_y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def weight_grads_kernel(
     g_ptr,  # [N, P], gradient of y; where DESCRIPTORS, this and the next describe tiles
     x_ptr,  # [N, Q]
@@ -171,8 +173,8 @@ def weight_grads_kernel(
             m_n = n + tl.arange(0, BLOCK_N) < N
             b_g = tl.load(p_g, mask=m_p[:, None] & m_n[None, :], other=0)  # [BLOCK_P, BLOCK_N]
             b_x = tl.load(p_x, mask=m_n[:, None] & m_q[None, :], other=0)  # [BLOCK_N, BLOCK_Q]
-            p_g += BLOCK_N * stride_gn
-            p_x += BLOCK_N * stride_xn
+            p_g += tl.cast(BLOCK_N, tl.int64) * stride_gn
+            p_x += tl.cast(BLOCK_N, tl.int64) * stride_xn
         b_grad = dot(b_g, b_x, b_grad, PRECISION)
         if HAS_BIAS:  # noqa: SIM102 (the outer one is decided as the kernel is compiled)
             if i_q == 0:
@@ -223,8 +225,8 @@ def _grads_config(
 # By what limits them: the weights' bytes where tokens are few, so their columns are split and every
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
-    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 5, splits=splits) for splits in (4, 1)],
-    "tokens <= 64": [_matmul_config(64, 64, 128, 4, 4, splits=splits) for splits in (4, 1)],
+    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1)],
+    "tokens <= 64": [_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1)],
     "many tokens": [
         _matmul_config(128, 128, 64, 8, 3),
         _matmul_config(128, 128, 64, 8, 4, descriptors=True),
@@ -301,7 +303,8 @@ def masked_matmul(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None,
 
     configs = _usable(MATMUL_CONFIGS[_kind(x, aligned, "tokens <= 16", "tokens <= 64")], x, weight)
     with launching_on(x.device):
-        run(choose("masked_matmul", (x.dtype, precision, transposed, *_sizes(num_n, a)), configs, run))
+        key = (x.dtype, precision, transposed, len(configs), *_sizes(num_n, a))
+        run(choose("masked_matmul", key, configs, run))
     return y
 
 
@@ -363,13 +366,13 @@ def weight_grads_(
 
     def rehearse(config: Config) -> None:
         """Add to scores that nobody needs."""
-        run(config, torch.zeros_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
+        run(config, torch.empty_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
 
     kind = _kind(x, aligned, "tokens <= 64", "tokens <= 64")
     kind = "of the weight" if dweight is not None and "tokens" in kind else kind
     configs = _usable(GRADS_CONFIGS[kind], grad, x)
     with launching_on(x.device):
-        key = (x.dtype, weight.dtype, precision, accumulate, *_sizes(x.shape[0], weight))
+        key = (x.dtype, weight.dtype, precision, accumulate, len(configs), *_sizes(x.shape[0], weight))
         run(choose("weight_grads", key, configs, rehearse), dscores, accumulate)
 
 
@@ -383,7 +386,10 @@ def _kind(x: Tensor, aligned: bool, few: str, some: str) -> str:
 
 
 def _usable(configs: list[Config], *matrices: Tensor) -> list[Config]:
-    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows."""
+    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows.
+
+    Their number belongs to what a choice depends on.
+    """
     device = matrices[0].device
     engine = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
     rows = all(m.stride(1) == 1 and m.stride(0) >= m.shape[1] for m in matrices)
@@ -422,19 +428,22 @@ def _precision(x: Tensor) -> str:
 def variants() -> Iterator[Variant]:
     """Yield every kernel under every configuration, as a launch would compile it."""
     for kind, configs in MATMUL_CONFIGS.items():
-        for transposed in (False, True):
-            for config in configs:
-                yield _matmul_variant(kind, transposed, config)
+        for precision, transposed, config in product(_precisions(kind), (False, True), configs):
+            yield _matmul_variant(kind, precision, transposed, config)
     for kind, configs in GRADS_CONFIGS.items():
-        for config in configs:
-            yield _grads_variant(kind, config)
+        for precision, config in product(_precisions(kind), configs):
+            yield _grads_variant(kind, precision, config)
     constants = {"HAS_BIAS": True, "SPLITS": 8, "BLOCK": _SUM_BLOCK}
     pointers = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
     signature = _signature(sum_splits_kernel, pointers, constants)
     yield Variant("sum_splits", sum_splits_kernel, signature, constants, Config({}, 4, 1), tensor_cores=False)
 
 
-def _matmul_variant(kind: str, transposed: bool, config: Config) -> Variant:
+def _precisions(kind: str) -> tuple[str, ...]:
+    return ("tf32", "ieee") if kind == "float32" else ("tf32",)
+
+
+def _matmul_variant(kind: str, precision: str, transposed: bool, config: Config) -> Variant:
     dtype = "*fp32" if kind == "float32" else "*bf16"
     split = config.values["SPLITS"] > 1
     pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), dtype) | {"words_ptr": "*i32"}
@@ -451,13 +460,13 @@ def _matmul_variant(kind: str, transposed: bool, config: Config) -> Variant:
         "TRANSPOSED": transposed,
         "WHOLE_WORDS": kind != "unaligned",
         "HAS_BIAS": not (transposed or split),
-        "PRECISION": "tf32",
+        "PRECISION": precision,
     }
-    name = f"masked_matmul{' transposed' if transposed else ''}, {kind}, {_brief(config)}"
+    name = f"masked_matmul{' transposed' if transposed else ''}"
     return _variant(name, masked_matmul_kernel, pointers, constants, config, kind)
 
 
-def _grads_variant(kind: str, config: Config) -> Variant:
+def _grads_variant(kind: str, precision: str, config: Config) -> Variant:
     dtype = "*fp32" if kind == "float32" else "*bf16"
     pointers = dict.fromkeys(("g_ptr", "x_ptr", "w_ptr", "dweight_ptr", "dbias_ptr"), dtype)
     pointers |= {"words_ptr": "*i32", "dscores_ptr": "*fp32"}
@@ -474,11 +483,9 @@ def _grads_variant(kind: str, config: Config) -> Variant:
         "HAS_BIAS": True,
         "WHOLE_WORDS": kind != "unaligned",
         "ACCUMULATE": True,
-        "PRECISION": "tf32",
+        "PRECISION": precision,
     }
-    return _variant(
-        f"weight_grads, {kind}, {_brief(config)}", weight_grads_kernel, pointers, constants, config, kind
-    )
+    return _variant("weight_grads", weight_grads_kernel, pointers, constants, config, kind)
 
 
 def _variant(
@@ -491,9 +498,18 @@ def _variant(
 ) -> Variant:
     signature = _signature(kernel, pointers, constants | config.values)
     pointed = tuple(name for name, type in signature.items() if type.startswith("*"))
-    numbers = tuple(name for name, type in signature.items() if type == "i32" and kind != "unaligned")
-    oldest = 90 if config.values["DESCRIPTORS"] else 80
-    return Variant(name, kernel, signature, constants, config, pointed + numbers, minimum_architecture=oldest)
+    numbers = () if kind == "unaligned" else tuple(n for n, t in signature.items() if t == "i32" and n != "N")
+    exact = constants["PRECISION"] == "ieee"
+    return Variant(
+        f"{name}, {kind}{', exact' if exact else ''}, {_brief(config)}",
+        kernel,
+        signature,
+        constants,
+        config,
+        pointed + numbers,
+        tensor_cores=not exact,
+        minimum_architecture=90 if config.values["DESCRIPTORS"] else 80,
+    )
 
 
 def _signature(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:

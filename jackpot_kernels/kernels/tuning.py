@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -118,13 +117,32 @@ def _fastest(configs: Sequence[Config], run: Callable[[Config], None]) -> Config
 
 def _median_ms(run: Callable[[Config], None], config: Config) -> float:
     run(config)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
-    for mark in marks[:-1]:
-        mark.record()
+    flush = _flusher()
+    times = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush()
+        start.record()
         run(config)
-    marks[-1].record()
-    marks[-1].synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(marks))
+        end.record()
+        times.append((start, end))
+    end.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in times)
+
+
+def _flusher() -> Callable[[], None]:
+    """Return a function that empties L2, as other layers do, and keeps the device busy meanwhile.
+
+    Otherwise weights would be timed from L2, and a short kernel by how long the host takes to launch it.
+    """
+    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    buffer = torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+
+    def flush() -> None:
+        for _ in range(4):
+            buffer.zero_()
+
+    return flush
 
 
 def _on_disk(name: str, configs: Sequence[Config]) -> Config | None:

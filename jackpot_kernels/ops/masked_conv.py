@@ -400,7 +400,7 @@ def _is_matmul(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
         return True
     # PyTorch is told apart how each multiplies float32.
     convolution = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return bool(convolution == torch.backends.cuda.matmul.fp32_precision)
+    return (convolution == "tf32") == (torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _as_rows(images: Tensor) -> Tensor:  # [N, C, H, W] -> [N * H * W, C]
