@@ -24,9 +24,10 @@ bench: $(VENV)/built
 paper: $(VENV)/built
 	$(BIN)/python -m benchmarks.paper all --jobs 2
 
-# What needs a GPU, in the environment at hand, whose torch has CUDA.
+# What needs a GPU, in the environment at hand, whose torch has CUDA; nothing is fetched. PYTEST_ADDOPTS="-n 8"
+# lets pytest-xdist, where it is installed, compile the kernels on several processors.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) -m benchmarks.bench_cuda_search_step
 	$(PYTHON) -m benchmarks.bench_cuda_training_step

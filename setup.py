@@ -135,6 +135,9 @@ def extensions() -> list[Extension]:
             library_dirs=[str(home / folder) for folder in ("lib64", "lib") if (home / folder).is_dir()],
             # Part of the library, so that it works beside any CUDA that torch brings along.
             libraries=["cudart_static", "dl", "rt", "pthread"],
+            # Symbols are looked for in what a library names: libtorch, of which this one uses nothing else,
+            # brings along the part of torch that knows the current stream.
+            extra_link_args=["-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"],
         )
         built.append(cuda)
     return built

@@ -8,9 +8,9 @@ is the bytes that an update must move at the copy bandwidth measured in the same
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.baselines import authors_step, compiled_step, eager_step, exact_step
 from benchmarks.checks import require_same_state, require_same_swaps
 from benchmarks.harness import facts
+from benchmarks.paper.runs import commit
 from benchmarks.searches import Search, State
 from benchmarks.shapes import NETWORKS, TINY
 from jackpot_kernels.ops.score_update import score_update_
@@ -121,13 +122,14 @@ def check_sync_free_step(start: State, gradients: list[Tensor]) -> None:
 
 def copy_bandwidth() -> float:
     """Return the bytes a second that a copy of 2 GiB reads and writes."""
-    source = torch.empty(2**29, device="cuda")
+    source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     seconds = statistics.median(timed(lambda: target.copy_(source)) for _ in range(20))
     return 2 * source.numel() * 4 / seconds
 
 
 def timed(call: Call) -> float:
+    """Return the seconds that a call takes on the device, once this has done what it was given before."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -146,10 +148,24 @@ def launches(call: Call) -> int:
     return sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
 
 
-def measure(name: str, rounds: int, bandwidth: float) -> dict[str, float]:
-    """Return medians in seconds, ratios and counts for one network."""
-    shapes = (NETWORKS | TINY)[name]
-    search = Search(shapes)
+def ready(key: str, make: Callable[[], Call]) -> Call | None:
+    """Return a contender after its first call, which may compile it; None where it fails, and say why."""
+    try:
+        call = make()
+        call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        if key in ("update", "step"):
+            raise
+        print(f"{key} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+    return call
+
+
+def measure(name: str, rounds: int, bandwidth: float, *, compiled: bool) -> dict[str, float]:
+    """Return medians in seconds, ratios and counts for one network, ``compiled`` contenders among them."""
+    torch.compiler.reset()
+    search = Search((NETWORKS | TINY)[name])
     gradients = [gradient.cuda() for gradient in search.gradients]
     start = to_device(search.state())
 
@@ -168,26 +184,31 @@ def measure(name: str, rounds: int, bandwidth: float) -> dict[str, float]:
     kernels = launches(ours.step)
     update_only = Ours(start.copy(), gradients)
     scores, kept = start.copy().scores, start.num_kept[:, 0].tolist()
-    contenders = {
-        "update": graphed(update_only.update),
-        "step": graphed(ours.step),
-        "eager": eager_step(start.copy(), gradients),
-        "compile": compiled_step(start.copy(), gradients),
-        "compile, no sync, graphed": graphed(
+    makers: dict[str, Callable[[], Call]] = {
+        "update": lambda: graphed(update_only.update),
+        "step": lambda: graphed(ours.step),
+        "eager": lambda: eager_step(start.copy(), gradients),
+        "compile": lambda: compiled_step(start.copy(), gradients),
+        "compile, no sync, graphed": lambda: graphed(
             torch.compile(sync_free_step(start.copy(), gradients), dynamic=False)
         ),
-        "authors": authors_step(start.copy(), gradients),
-        "torch.topk": graphed(lambda: [s.view(-1).topk(k) for s, k in zip(scores, kept, strict=True)]),
-        "torch.sort": graphed(lambda: [s.view(-1).sort(descending=True) for s in scores]),
+        "authors": lambda: authors_step(start.copy(), gradients),
+        "torch.topk": lambda: graphed(
+            lambda: [s.view(-1).topk(k) for s, k in zip(scores, kept, strict=True)]
+        ),
+        "torch.sort": lambda: graphed(lambda: [s.view(-1).sort(descending=True) for s in scores]),
     }
+    wanted = {key: make for key, make in makers.items() if compiled or not key.startswith("compile")}
+    contenders = {key: call for key, make in wanted.items() if (call := ready(key, make))}
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     seconds: dict[str, list[float]] = {key: [] for key in contenders}
     cold: list[float] = []
     for _ in range(rounds):
         refill()
         for key, call in contenders.items():
-            flush.zero_()
+            # The device is still busy with the flush when the host has launched the call.
             torch.cuda.synchronize()
+            flush.zero_()
             seconds[key].append(timed(call))
         cold.append(ours.stats[:, 4].double().mean().item())
     median = {key: statistics.median(times) for key, times in seconds.items()}
@@ -206,58 +227,99 @@ def measure(name: str, rounds: int, bandwidth: float) -> dict[str, float]:
     }
 
 
-def report(results: dict[str, dict[str, float]]) -> str:
-    names = list(results)
-    width = max(len(row) for row in results[names[0]])
-    lines = [" " * width + "".join(f"{name:>16}" for name in names)]
-    for row in results[names[0]]:
-        lines.append(row.ljust(width) + "".join(f"{results[name][row]:16.4g}" for name in names))
+def report(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a table with a column for each network; what was not measured there is left blank."""
+    rows = list(dict.fromkeys(row for figures in results.values() for row in figures))
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"{name:>16}" for name in results)]
+    for row in rows:
+        cells = (f"{figures[row]:16.4g}" if row in figures else " " * 16 for figures in results.values())
+        lines.append(row.ljust(width) + "".join(cells))
     return "\n".join(lines)
 
 
-def store(name: str, results: dict[str, dict[str, float]], *, keep: bool, **measured: float) -> None:
-    """Print a table, and keep it with what made it as a file under ``RESULTS``, if it is to be kept.
+def store(name: str, results: Mapping[str, Mapping[str, float]], output: Path, **measured: float) -> None:
+    """Keep results with what made them, in a folder named after the device.
 
     Args:
+        output: where that folder is.
         measured: facts of the run besides the results.
     """
-    device = torch.cuda.get_device_name()
-    told = [device, *(f"{fact} {value:.4g}" for fact, value in measured.items())]
-    print(f"{', '.join(told)}\n{report(results)}")
-    if not keep:
-        return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    folder = RESULTS / device.lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    path = output / torch.cuda.get_device_name().lower().replace(" ", "-") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": " ".join([f"python -m benchmarks.bench_{name}", *sys.argv[1:]]),
-        "commit": commit,
+        "commit": commit(),
         "environment": facts(),
         **measured,
         "results": results,
     }
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    beside = path.with_suffix(".json.new")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def measure_all(
+    name: str,
+    networks: Iterable[str],
+    measure: Callable[[str], dict[str, float]],
+    options: argparse.Namespace,
+    **measured: float,
+) -> int:
+    """Measure networks one after the other, print the table, and return the exit code.
+
+    What is done is stored after each network; one that fails is named, and the others are measured.
+    """
+    results: dict[str, dict[str, float]] = {}
+    failed = False
+    for network in networks:
+        print(f"{network} ...", file=sys.stderr, flush=True)
+        try:
+            results[network] = measure(network)
+        except Exception:
+            traceback.print_exc()
+            print(f"{network} is left out", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        if not options.quick:
+            store(name, results, options.output, **measured)
+    told = [torch.cuda.get_device_name(), *(f"{fact} {value:.4g}" for fact, value in measured.items())]
+    print(f"{', '.join(told)}\n{report(results)}")
+    return int(failed)
+
+
+def make_parser(
+    name: str, description: str | None, networks: Iterable[str], rounds: int
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that the benchmarks on a GPU share."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.bench_{name}", description=description)
     parser.add_argument(
         "--quick", action="store_true", help="a tiny network: a rehearsal that stores nothing"
     )
-    parser.add_argument("--rounds", type=int, default=50)
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--networks", nargs="+", choices=list(networks), default=list(networks))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    return parser
+
+
+def main() -> int:
+    parser = make_parser("cuda_search_step", __doc__, NETWORKS, rounds=50)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what torch.compile makes, which takes minutes"
+    )
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_cuda_search_step needs a CUDA device")
     bandwidth = copy_bandwidth()
-    names = TINY if arguments.quick else NETWORKS
-    results = {name: measure(name, arguments.rounds, bandwidth) for name in names}
-    store(
+    names = TINY if options.quick else options.networks
+    return measure_all(
         "cuda_search_step",
-        results,
-        keep=not arguments.quick,
+        names,
+        lambda name: measure(name, options.rounds, bandwidth, compiled=not options.no_compile),
+        options,
         **{"copy bandwidth B/s": bandwidth},
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
 Forward, loss, backward and ``SRPopup.step`` in one CUDA graph, against the same network trained densely by
 torch's fused SGD in another. Both autocast to bfloat16 in channels_last and copy a batch into their graph.
-Times are medians of rounds in which the two take turns.
+Times are medians of rounds in which the two take turns, each with some steps in a row as in training, where
+the host is ahead of the device.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jackpot_kernels as jk
-from benchmarks.bench_cuda_search_step import graphed, store, timed
+from benchmarks.bench_cuda_search_step import graphed, make_parser, measure_all, timed
 from benchmarks.paper.runs import build
 from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
 from jackpot_kernels.search import GraphedStep
@@ -28,6 +28,8 @@ NETWORKS = {
     "ResNet-50": ("resnet50", 224, 256, 1000),
 }
 TINY = {"digits": ("digits", 8, 16, 10)}
+# Steps in a row.
+STEPS = 5
 
 Step = Callable[[Tensor, Tensor], object]
 
@@ -73,15 +75,18 @@ def measure(network: str, size: int, batch: int, classes: int, rounds: int) -> d
     searched = jk.convert(deepcopy(dense))
     jk.initialize(searched, SPARSITY)
     weights = {name: layer.weight.clone() for name, layer in jk.masked_layers(searched).items()}
-    steps = {"search": search_step(searched, rounds + 20), "dense": dense_step(dense, x, labels)}
-    for _ in range(10):
+    warm_up = 10
+    total_steps = warm_up + rounds * STEPS
+    steps = {"search": search_step(searched, total_steps), "dense": dense_step(dense, x, labels)}
+    for _ in range(warm_up):
         for step in steps.values():
             step(x, labels)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             torch.cuda.synchronize()
-            seconds[name].append(timed(lambda step=step: step(x, labels)))
+            several = timed(lambda step=step: [step(x, labels) for _ in range(STEPS)])
+            seconds[name].append(several / STEPS)
     for name, layer in jk.masked_layers(searched).items():
         assert torch.equal(layer.weight, weights[name]), f"weight of {name} must keep its bits"
     median = {f"{name} s": statistics.median(times) for name, times in seconds.items()}
@@ -89,23 +94,15 @@ def measure(network: str, size: int, batch: int, classes: int, rounds: int) -> d
     return {**median, "search / dense": statistics.median(ratios)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny network: a rehearsal that stores nothing"
-    )
-    parser.add_argument("--rounds", type=int, default=100)
-    arguments = parser.parse_args()
+def main() -> int:
+    options = make_parser("cuda_training_step", __doc__, NETWORKS, rounds=50).parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_cuda_training_step needs a CUDA device")
-    results = {}
-    for name, settings in (TINY if arguments.quick else NETWORKS).items():
-        try:
-            results[name] = measure(*settings, arguments.rounds)
-        except ModuleNotFoundError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
-    store("cuda_training_step", results, keep=not arguments.quick)
+    networks = TINY if options.quick else {name: NETWORKS[name] for name in options.networks}
+    return measure_all(
+        "cuda_training_step", networks, lambda name: measure(*networks[name], options.rounds), options
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

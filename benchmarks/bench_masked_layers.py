@@ -18,9 +18,9 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import jackpot_kernels as jk
 from benchmarks.harness import facts
 from benchmarks.masked_layers_report import rules, write_report
+from benchmarks.paper.runs import commit
 from benchmarks.report import RESULTS
 from benchmarks.shapes import FAMILIES, TINY_FAMILIES, Layer
 from jackpot_kernels.models import VGG19
@@ -186,12 +187,13 @@ class Clock:
         return graph.replay
 
     def seconds(self, call: Call) -> float:
-        self.ballast.zero_()
         if not self.cuda:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
+        # The device is still busy with the flush when the host has launched the call.
         torch.cuda.synchronize()
+        self.ballast.zero_()
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         marks[0].record()
         call()
@@ -357,16 +359,25 @@ def save(record: dict[str, Any], path: Path) -> None:
     os.replace(beside, path)
 
 
-def run(record: dict[str, Any], path: Path, options: argparse.Namespace, device: str) -> None:
-    """Measure what the record lacks until the time is over, and store it after every shape."""
+def run(record: dict[str, Any], path: Path, options: argparse.Namespace, device: str) -> list[str]:
+    """Measure what the record lacks until the time is over, and store it after every shape.
+
+    Returns:
+        What failed; all else is measured all the same.
+    """
+    failed: list[str] = []
     clock = Clock(device)
     end = time.monotonic() + 60 * options.minutes
     families = TINY_FAMILIES if options.smoke else FAMILIES
     if record["training memory"] is None:
-        record["training memory"] = training_memory(
-            clock, device, *((2, 1 / 16) if options.smoke else (256, 1))
-        )
-        save(record, path)
+        try:
+            record["training memory"] = training_memory(
+                clock, device, *((2, 1 / 16) if options.smoke else (256, 1))
+            )
+            save(record, path)
+        except Exception:
+            traceback.print_exc()
+            failed.append("training memory")
     # The library's convolutions are at their best when it may try its algorithms.
     torch.backends.cudnn.benchmark = True
     done: dict[tuple[str, str], set[str]] = {}
@@ -380,17 +391,23 @@ def run(record: dict[str, Any], path: Path, options: argparse.Namespace, device:
         executors = [name for name in EXECUTORS if name in before.union(options.executors)]
         if time.monotonic() > end:
             print(f"{options.minutes:g} minutes are over; run it again to go on")
-            return
+            break
         print(f"{family}: {shape}", flush=True)
-        with torch.cuda.stream(clock.stream):
-            rows = measure(family, shape, executors, clock, device)
-            if shape.is_linear and shape.weight[0] == shape.weight[1] and "fused" in executors:
-                rows += measure_score_gradient(family, shape, clock, device)
+        try:
+            with torch.cuda.stream(clock.stream):
+                rows = measure(family, shape, executors, clock, device)
+                if shape.is_linear and shape.weight[0] == shape.weight[1] and "fused" in executors:
+                    rows += measure_score_gradient(family, shape, clock, device)
+        except Exception:
+            traceback.print_exc()
+            failed.append(f"{family}: {shape}")
+            continue
         measured = {(row["family"], row["layer"]) for row in rows}
         record["rows"] = [
             row for row in record["rows"] if (row["family"], row["layer"]) not in measured
         ] + rows
         save(record, path)
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -416,20 +433,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in paths:
             print(rules(json.loads(each.read_text())))
         return 0
-    commit = options.commit or _commit()
-    record = load(path, {"device": name, "commit": commit, "versions": facts()["versions"]})
+    stamp = {"device": name, "commit": options.commit or commit(), "versions": facts()["versions"]}
+    record = load(path, stamp)
     record["commands"].append(
         " ".join(["python -m benchmarks.bench_masked_layers", *(arguments or sys.argv[1:])])
     )
-    run(record, path, options, device)
+    failed = run(record, path, options, device)
     print(write_report(record, path.parent))
+    for what in failed:
+        print(f"failed, and not measured: {what}")
     if options.smoke:
         print("a rehearsal on tiny shapes: it measures nothing")
-    return 0
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,25 @@ def test_rehearsal_measures_every_shape_once(tmp_path, monkeypatch, capsys):
     assert bench.main(["--rules", "--output", str(tmp_path)]) == 0
 
 
+@no_device
+def test_a_shape_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    require_right, (bad, good) = bench.require_right, TINY_FAMILIES["tiny linears"]
+    monkeypatch.setattr(bench, "TINY_FAMILIES", {"tiny linears": [bad, good]})
+
+    def wrong_once(problem, *others):
+        if problem.shape == bad:
+            raise AssertionError("wrong")
+        require_right(problem, *others)
+
+    monkeypatch.setattr(bench, "require_right", wrong_once)
+    arguments = ["--smoke", "--output", str(tmp_path), "--commit", "abc", "--executors", "eager", "dense"]
+    assert bench.main(arguments) == 1
+    assert f"failed, and not measured: tiny linears: {bad}\n" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "cpu" / "masked_layers.json").read_text())["rows"]
+    assert {row["layer"] for row in rows} == {str(good)}
+
+
 def test_another_commit_starts_anew(tmp_path):
     file = tmp_path / "masked_layers.json"
     bench.save({"device": "cpu", "commit": "abc", "rows": [1]}, file)

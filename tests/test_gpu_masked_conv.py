@@ -31,6 +31,10 @@ def on_device(monkeypatch, tmp_path):
     monkeypatch.setenv("JACKPOT_CACHE", str(tmp_path))
     monkeypatch.setattr(test_masked_conv, "CASES", CASES)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    # Not for monkeypatch, which would delete what this object has in no dictionary.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def device_problem(case, dtype, channels_last=False):
@@ -58,7 +62,7 @@ def results(tensors, mask, bias, grad, options, backend="fused"):
 )
 def test_matches_closed_form(case, dtype, channels_last, tf32, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     tensors, mask, bias, options = device_problem(case, dtype, channels_last)
     ours, grad = results(tensors, mask, bias, None, options)
     x, weight, _ = tensors
@@ -101,7 +105,8 @@ def test_score_gradient_is_added_once_while_configurations_are_timed(case):
     )
     sums = torch.ones_like(scores)
     masked_conv2d_score_grad_(sums, grad, x, weight, **window, backend="fused")
-    torch.testing.assert_close(sums, 1 + written)
+    # Adding may be the fastest in another configuration, which sums in another order.
+    torch.testing.assert_close(sums, 1 + written, rtol=1e-4, atol=1e-4 * written.abs().max().item())
 
 
 def test_a_captured_graph_replays_the_same_bits():

@@ -15,8 +15,12 @@ LARGE = [((4, 300), 1000, 784), ((7,), 4096, 4096), ((50,), 768, 3072), ((2048,)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache_and_precision(tmp_path, monkeypatch):
     monkeypatch.setenv("JACKPOT_CACHE", str(tmp_path))
+    # Not for monkeypatch, which would delete what this object has in no dictionary.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def on_device(*args, **options):
@@ -55,7 +59,7 @@ def test_matches_closed_form(shape, dtype):
     assert_right_on_device(masked_linear(*tensors, backend="fused"), tensors, dtype)
 
 
-def test_tf32_follows_the_setting(monkeypatch):
+def test_tf32_follows_the_setting():
     tensors = x, weight, _, mask, bias = on_device((256,), 256, 1024)
     truth = x.double() @ (weight * mask).double().t() + bias.double()
 
@@ -63,7 +67,7 @@ def test_tf32_follows_the_setting(monkeypatch):
         return (masked_linear(*tensors, backend="fused").double() - truth).abs().max().item()
 
     exact = error()
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    torch.backends.cuda.matmul.allow_tf32 = True
     assert exact < 1e-3 < error()
 
 

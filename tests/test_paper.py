@@ -460,3 +460,11 @@ def test_the_best_epoch_on_the_test_set_is_labelled(smoke):
     cell = dict(zip(header, lines[0], strict=True))["Ours"]
     result = Results(smoke).get(search())
     assert cell == f"{100 * result['accuracy']:.2f} (best on test {100 * result['best_on_test']:.2f})"
+
+
+def test_commit_can_be_told_where_git_cannot(monkeypatch):
+    monkeypatch.setenv("JACKPOT_COMMIT", "abc")
+    assert runs.commit.__wrapped__() == "abc"
+    monkeypatch.delenv("JACKPOT_COMMIT")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runs.commit.__wrapped__() == "unknown"

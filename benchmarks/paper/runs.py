@@ -1,5 +1,6 @@
 """One run: from its configuration to its result, with what later runs take up as a checkpoint beside it."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -322,7 +323,12 @@ def _circumstances(device: torch.device) -> Result:
 
 @cache
 def commit() -> str:
-    """Return the commit of this tree, "-dirty" where it has changes, or "unknown" outside a repository."""
+    """Return the commit of this tree, "-dirty" where it has changes, or "unknown" outside a repository.
+
+    ``JACKPOT_COMMIT`` tells it where git cannot, as in a copy without its history.
+    """
+    if told := os.environ.get("JACKPOT_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

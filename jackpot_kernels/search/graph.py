@@ -43,6 +43,8 @@ class GraphedStep:
             raise ValueError(f"warm_up must be at least 1, got {warm_up}")
         self._optimizer, self._compute, self._scaler = optimizer, compute, scaler
         self._left = warm_up
+        # One for all steps without a graph: what a stream has freed serves no other.
+        self._aside: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
@@ -65,7 +67,8 @@ class GraphedStep:
         if not all(x.is_cuda for x in inputs):
             return self._step(inputs)
         # Capture runs on a stream of its own, where what was set up on the default stream would be a trap.
-        present, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        present, aside = torch.cuda.current_stream(), self._aside or torch.cuda.Stream()
+        self._aside = aside
         aside.wait_stream(present)
         with torch.cuda.stream(aside):
             outputs = self._step(inputs)
@@ -98,7 +101,8 @@ class GraphedStep:
         # Gradients that the graph itself makes stay where they are from replay to replay.
         self._optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with self._around("capturing"), torch.cuda.graph(graph):
+        # Other threads, such as one that pins batches, may go on meanwhile.
+        with self._around("capturing"), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._outputs = self._step(tuple(self._inputs))
         self._graph = graph
 
