@@ -35,6 +35,12 @@ FIGURES = (
     Figure("search step ÷ mere SGD update", "bench_search_step_to_sgd", ("ours",), SGD, "<= 1.4"),
     Figure("score update ÷ mere SGD update", "bench_score_update", ("ours",), SGD),
     Figure("threshold: np.partition ÷ ours", "bench_threshold", ("np.partition",), ("ours",), ">= 3"),
+    Figure("swap: eager reference ÷ ours", "bench_swap", ("eager",), ("ours",)),
+    Figure("pack mask: eager reference ÷ ours", "bench_pack_mask", ("eager",), ("ours",)),
+    Figure("pack mask: np.packbits ÷ ours", "bench_pack_mask", ("np.packbits",), ("ours",)),
+    Figure("unpack mask: eager reference ÷ ours", "bench_unpack_mask", ("eager",), ("ours",)),
+    Figure("unpack mask: np.unpackbits ÷ ours", "bench_unpack_mask", ("np.unpackbits",), ("ours",)),
+    Figure("effective weight: eager reference ÷ ours", "bench_effective_weight", ("eager",), ("ours",)),
     Figure(
         "training step: search ÷ dense SGD",
         "bench_training_step",

@@ -1,5 +1,6 @@
 """The benchmarks themselves: fair turns, checks that can fail, and a report that hides nothing."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,15 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks import (
     baselines,
+    bench_cuda_search_step,
+    bench_effective_weight,
+    bench_pack_mask,
     bench_score_update,
     bench_search_step,
     bench_state,
+    bench_swap,
     bench_threshold,
     bench_training_step,
     harness,
@@ -213,6 +219,97 @@ def test_wrong_partition_is_not_timed(clockless, search, monkeypatch):
         bench_threshold.bench_threshold(clockless, search, 0.0)
 
 
+def spoiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, but for the first element that it returns."""
+
+    def wrong(*args: Any) -> Tensor:
+        result = function(*args)
+        first = result.view(-1)[0]
+        first.copy_(first.logical_not() if result.dtype == torch.bool else first + 1)
+        return result
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "run", "message"),
+    [
+        (bench_pack_mask, "pack_mask", bench_pack_mask.bench_pack_mask, "words 0 must equal the reference"),
+        (
+            bench_pack_mask,
+            "unpack_mask",
+            bench_pack_mask.bench_unpack_mask,
+            "mask 0 must equal the reference",
+        ),
+        (
+            bench_effective_weight,
+            "effective_weight",
+            bench_effective_weight.bench_effective_weight,
+            "effective weight 0 must equal the reference",
+        ),
+    ],
+)
+def test_wrong_masks_are_not_timed(clockless, search, monkeypatch, module, function, run, message):
+    monkeypatch.setattr(module, function, spoiled(getattr(module, function)))
+    with pytest.raises(AssertionError, match=message):
+        run(clockless, search, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "run", "message"),
+    [
+        ("packbits", bench_pack_mask.bench_pack_mask, "must make the bytes of the reference's words"),
+        ("unpackbits", bench_pack_mask.bench_unpack_mask, "must make the reference's mask"),
+    ],
+)
+def test_wrong_bits_of_numpy_are_not_timed(clockless, search, monkeypatch, function, run, message):
+    right = getattr(np, function)
+    monkeypatch.setattr(bench_pack_mask.np, function, lambda array, **options: right(array, **options) ^ 1)
+    with pytest.raises(AssertionError, match=message):
+        run(clockless, search, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda masks, effective, stats: stats[0].add_(1), "statistics 0 must equal the reference"),
+        (lambda masks, effective, stats: masks[1].bitwise_not_(), "masks 1 must equal the reference"),
+        (lambda masks, effective, stats: effective[1].add_(1), "effective 1 must equal the reference"),
+    ],
+    ids=["statistics", "masks", "effective"],
+)
+def test_wrong_swaps_are_not_timed(clockless, search, monkeypatch, spoil, message):
+    swap_ = bench_swap.swap_
+
+    def wrong(scores: list[Tensor], masks: list[Tensor], *others: Any, **options: Any) -> Tensor:
+        stats = swap_(scores, masks, *others, **options)
+        spoil(masks, options["effective"], stats)
+        return stats
+
+    monkeypatch.setattr(bench_swap, "swap_", wrong)
+    with pytest.raises(AssertionError, match=message):
+        bench_swap.bench_swap(clockless, search, 0.0)
+
+
+def test_swaps_are_timed_on_the_scores_of_every_step(clockless, search, monkeypatch):
+    stats: dict[str, list[list[int]]] = {"ours": [], "eager": []}
+    for name, module in (("ours", bench_swap), ("eager", reference)):
+        swap_ = module.swap_
+
+        def noted(
+            *args: Any, name: str = name, swap_: Callable[..., Tensor] = swap_, **options: Any
+        ) -> Tensor:
+            result = swap_(*args, **options)
+            stats[name].append(result[:, :4].flatten().tolist())
+            return result
+
+        monkeypatch.setattr(module, "swap_", noted)
+    bench_swap.bench_swap(clockless, search, 0.0)
+    assert stats["ours"] == stats["eager"] and len(stats["ours"]) == 2 + harness.MIN_ROUNDS
+    assert len({tuple(row) for row in stats["ours"]}) == len(stats["ours"])
+    assert all(row[1] > 0 for row in stats["ours"])
+
+
 def test_wrong_layer_is_not_timed(clockless, monkeypatch):
     forward = MaskedLinear.forward
     monkeypatch.setattr(MaskedLinear, "forward", lambda layer, x: forward(layer, x) * 1.01)
@@ -304,3 +401,46 @@ def test_other_programs_are_noticed(clockless):
 def test_the_fastest_of_the_contenders_counts():
     seconds = {"ours": [1.0, 2.0, 3.0], "fused SGD": [4.0, 4.0, 4.0], "compiled SGD": [1.0, 1.0, 9.0]}
     assert report.fastest(report.Entry("bench", "net", seconds, {}), report.SGD) == [1.0, 1.0, 9.0]
+
+
+def test_table_of_a_gpu_leaves_blank_what_was_not_measured():
+    table = bench_cuda_search_step.report({"a net": {"x": 1.5, "why": 2.0}, "another": {"x": 0.25, "z": 4.0}})
+    assert [line.split() for line in table.splitlines()] == [
+        ["a", "net", "another"],
+        ["x", "1.5", "0.25"],
+        ["why", "2"],
+        ["z", "4"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_a_network_that_fails_on_a_gpu_takes_no_other_along(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(bench_cuda_search_step, "commit", lambda: "abc")
+    options = argparse.Namespace(quick=False, output=tmp_path)
+
+    def measure(network: str) -> dict[str, float]:
+        if network == "bad":
+            raise RuntimeError("no room")
+        return {"step s": 2.0}
+
+    code = bench_cuda_search_step.measure_all("x", ["bad", "good"], measure, options, bandwidth=3.0)
+    assert code == 1
+    told = capsys.readouterr()
+    assert told.out.startswith("Some GPU, bandwidth 3\n") and "good" in told.out
+    assert "RuntimeError: no room" in told.err and "bad is left out" in told.err
+    record = json.loads((tmp_path / "some-gpu" / "x.json").read_text())
+    assert record["results"] == {"good": {"step s": 2.0}}
+    assert record["commit"] == "abc" and record["bandwidth"] == 3.0
+
+
+def test_a_contender_that_fails_on_a_gpu_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def fails() -> None:
+        raise RuntimeError("not captured")
+
+    assert bench_cuda_search_step.ready("torch.topk", lambda: fails) is None
+    assert "torch.topk is left out: RuntimeError: not captured" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="not captured"):
+        bench_cuda_search_step.ready("step", lambda: fails)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from jackpot_kernels.data import Batches, Images, as_dataset, digits, imagenet
+from jackpot_kernels.data.image_files import ImageFiles, files_by_class
 from jackpot_kernels.data.imagenet import imagenet_380, imagenet_signed
 from jackpot_kernels.models import resnet20, vgg19
 from jackpot_kernels.search.evaluation import require_fit
@@ -292,19 +293,38 @@ def test_loaded_images_are_channels_last():
     assert torch.equal(inputs[:, 2, 3, 1], torch.arange(3.0))
 
 
-def image_folder(path, classes=("cat", "dog"), size=(40, 30)):
+def save_image(path, size=(40, 30), color=(100, 50, 7), mode="RGB"):
     image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.new(mode, size, color).save(path)
+
+
+def image_folder(path, classes=("cat", "dog"), size=(40, 30)):
     for part in ("train", "val"):
         for i, name in enumerate(classes):
-            (path / part / name).mkdir(parents=True)
             for j in range(3):
-                image.new("RGB", size, (100 * i, 50 * j, 7)).save(path / part / name / f"{j}.png")
+                save_image(path / part / name / f"{j}.png", size, (100 * i, 50 * j, 7))
     return path
+
+
+def module_of_imagenet():
+    """The module, whose name in the package is that of its function."""
+    return sys.modules["jackpot_kernels.data.imagenet"]
+
+
+def forget(monkeypatch, *packages):
+    """Let packages, imported or not, be missing."""
+    for module in [m for m in sys.modules if m.startswith(tuple(f"{p}." for p in packages))]:
+        monkeypatch.delitem(sys.modules, module)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
 
 
 def test_imagenet_is_read_from_folders(tmp_path):
     pytest.importorskip("torchvision")
-    train, test = imagenet(image_folder(tmp_path), size=16, resize=20, mean=(0,) * 3, std=(1,) * 3)
+    train, test = imagenet(
+        image_folder(tmp_path), size=16, resize=20, mean=(0,) * 3, std=(1,) * 3, loader="torchvision"
+    )
     batches = Batches(as_dataset(train, "training data"), 4, CPU, seed=1, workers=2)
     assert same(collect(batches.shuffled(0)), collect(Batches(train, 4, CPU, seed=1).shuffled(0)))
     inputs, labels = next(Batches(test, 6, CPU).ordered())
@@ -313,8 +333,55 @@ def test_imagenet_is_read_from_folders(tmp_path):
     assert torch.allclose(inputs, expected[:, :, None, None].expand_as(inputs))
 
 
+def test_images_are_found_in_the_order_of_classes_folders_and_names(tmp_path):
+    names = ["b/2.PNG", "b/10.jpeg", "b/deep/0.png", "a/9.jpg", "a/8.webp", "c/deep/deeper/1.bmp"]
+    for name in [*names, "a/notes.txt", "stray.png"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = files_by_class(tmp_path)
+    assert list(found) == ["a", "b", "c"]
+    assert [str(tmp_path / name) for name in (names[4], names[3])] == found["a"]
+    assert [str(tmp_path / name) for name in (names[1], names[0], names[2])] == found["b"]
+    assert [str(tmp_path / names[5])] == found["c"]
+
+
+@pytest.mark.parametrize("empty", ["", "eel", "eel/deep"])
+def test_classes_without_images_are_named(empty, tmp_path):
+    if empty:
+        save_image(tmp_path / "cat" / "0.png")
+        (tmp_path / empty).mkdir(parents=True)
+    place = tmp_path / empty.partition("/")[0]
+    with pytest.raises(FileNotFoundError, match=f"in the folder of each class, got none in {place}$"):
+        files_by_class(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_files_are_read_as_colours(workers, tmp_path):
+    images = (("RGB", (1, 2, 3)), ("L", 77), ("RGBA", (4, 5, 6, 128)))
+    for i, (mode, color) in enumerate(images):
+        save_image(tmp_path / f"{i}.png", color=color, mode=mode)
+    files = ImageFiles(
+        [str(tmp_path / f"{i}.png") for i in range(3)],
+        torch.tensor([2, 1, 0]),
+        lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1),
+    )
+    ((inputs, labels),) = Batches(as_dataset(files, "training data"), 3, CPU, workers=workers).ordered()
+    assert inputs.shape == (3, 3, 30, 40) and labels.tolist() == [2, 1, 0]
+    expected = torch.tensor([(1, 2, 3), (77, 77, 77), (4, 5, 6)], dtype=torch.uint8)
+    assert torch.equal(inputs, expected[:, :, None, None].expand_as(inputs))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b"no image" + b])
+def test_damaged_images_are_named(damage, suffix, tmp_path):
+    path = tmp_path / f"0.{suffix}"
+    save_image(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"images must be whole, got {path} "):
+        ImageFiles([str(path)], torch.zeros(1, dtype=torch.int64), np.array)[0]
+
+
 def test_imagenet_folders_must_hold_the_same_classes(tmp_path):
-    pytest.importorskip("torchvision")
     (image_folder(tmp_path) / "val" / "dog").rename(tmp_path / "val" / "eel")
     with pytest.raises(ValueError, match="the same classes in train and val, got 'dog' in one alone"):
         imagenet(tmp_path)
@@ -330,12 +397,48 @@ def test_missing_imagenet_says_what_to_put_where(missing, tmp_path, monkeypatch)
         imagenet()
 
 
-def test_imagenet_without_torchvision_is_one_sentence(tmp_path, monkeypatch):
-    for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ModuleNotFoundError, match=r'torchvision; .*pip install "jackpot_kernels\[models\]"$'):
-        imagenet(image_folder(tmp_path))
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"loader": "pillow"}, "loader must be one of auto, torchvision, dali, got 'pillow'"),
+        ({"interpolation": "box"}, "interpolation must be one of bilinear, bicubic, got 'box'"),
+        ({"resize": 223}, "resize must be at least size, which is 224, got 223"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unfit_views_of_imagenet_are_named(options, sentence, tmp_path):
+    with pytest.raises(ValueError, match=f"{sentence}$"):
+        imagenet(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("loader", "sentence"),
+    [
+        ("auto", r'imagenet needs torchvision; .*pip install "jackpot_kernels\[models\]"$'),
+        ("torchvision", r'imagenet needs torchvision; .*pip install "jackpot_kernels\[models\]"$'),
+        ("dali", r'loader "dali" needs DALI; install it with: pip install nvidia-dali-cuda130'),
+    ],
+)
+def test_imagenet_without_its_loader_is_one_sentence(loader, sentence, tmp_path, monkeypatch):
+    forget(monkeypatch, "torchvision", "nvidia")
+    monkeypatch.delitem(sys.modules, "jackpot_kernels.data.dali", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=sentence):
+        imagenet(image_folder(tmp_path), loader=loader)
+
+
+@pytest.mark.parametrize(("loader", "installed", "chosen"), [("auto", True, "dali"), ("dali", False, "dali")])
+def test_dali_is_told_what_torchvision_would_be(loader, installed, chosen, tmp_path, monkeypatch):
+    def dali(paths, labels, view, augmented):
+        return SimpleNamespace(paths=paths, labels=labels.tolist(), view=view, augmented=augmented)
+
+    monkeypatch.setattr(module_of_imagenet(), "find_spec", lambda name: installed or None)
+    monkeypatch.setitem(sys.modules, "jackpot_kernels.data.dali", SimpleNamespace(DaliImages=dali))
+    parts = imagenet_380(image_folder(tmp_path), loader=loader)
+    for name, part in zip(("train", "val"), parts, strict=True):
+        files = [str(tmp_path / name / kind / f"{i}.png") for kind in ("cat", "dog") for i in range(3)]
+        assert part.paths == files and part.labels == [0, 0, 0, 1, 1, 1]
+        assert part.augmented == (name == "train")
+        assert part.view == (380, 384, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -354,18 +457,16 @@ def test_imagenet_asks_torchvision_for_the_usual_transforms(
 
     names = ("InterpolationMode", "ToTensor", "Normalize", "RandomResizedCrop", "RandomHorizontalFlip")
     transforms = SimpleNamespace(**{name: named(name) for name in (*names, "Resize", "CenterCrop")})
-    transforms.Compose = list
-    datasets = SimpleNamespace(
-        ImageFolder=lambda root, transform: SimpleNamespace(root=root, transform=transform, classes=[])
-    )
-    for name, module in (("", SimpleNamespace(transforms=transforms)), (".datasets", datasets)):
-        monkeypatch.setitem(sys.modules, f"torchvision{name}", module)
-    train, test = build(image_folder(tmp_path))
+    transforms.Compose = lambda steps: lambda image: (steps, image.getpixel((0, 0)))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(transforms=transforms))
+    parts = build(image_folder(tmp_path), loader="torchvision")
     mode = ("InterpolationMode", how)
-    end = [
-        ("ToTensor",),
-        ("Normalize", mean, (0.229, 0.224, 0.225) if build is not imagenet_signed else mean),
-    ]
-    assert train.root == str(tmp_path / "train") and test.root == str(tmp_path / "val")
-    assert train.transform == [("RandomResizedCrop", size, mode), ("RandomHorizontalFlip",), *end]
-    assert test.transform == [("Resize", resize, mode), ("CenterCrop", size), *end]
+    std = (0.229, 0.224, 0.225) if build is not imagenet_signed else mean
+    cuts = (
+        [("RandomResizedCrop", size, mode), ("RandomHorizontalFlip",)],
+        [("Resize", resize, mode), ("CenterCrop", size)],
+    )
+    for part, cut in zip(parts, cuts, strict=True):
+        (steps, pixel), label = part[5]
+        assert steps == [*cut, ("ToTensor",), ("Normalize", mean, std)]
+        assert pixel == (100, 100, 7) and label == 1 and len(part) == 6

@@ -1,10 +1,11 @@
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import jackpot_kernels as jk
 from jackpot_kernels import _extension
 
 ROOT = Path(__file__).parent.parent
+COMMAND = ROOT / "jackpot_kernels" / "cli" / "jackpot"
 
 
 def python(script: str) -> str:
@@ -101,6 +103,15 @@ print(json.dumps([sorted(name for name in names if has(name, key)) for key in ("
 """
     cpu, cuda = json.loads(python(script))
     assert cpu and cuda == cpu
+
+
+@needs_cuda_build
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
+def test_cuda_library_names_the_library_that_knows_the_stream():
+    """Its symbols are looked for in what it names, and not in all that torch has loaded."""
+    command = ["readelf", "--dynamic", _extension.CUDA_LIBRARY]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in answer.stdout
 
 
 @pytest.mark.parametrize("wish", ["0", ""])
@@ -196,7 +207,46 @@ def test_old_torch(monkeypatch, old):
     assert refusal() == f"jackpot_kernels needs torch >= 2.10, got {old}: run `pip install 'torch>=2.10'`"
 
 
-def test_console_script_and_type_marker():
-    (script,) = entry_points(group="console_scripts", name="jackpot")
-    assert script.value == "jackpot_kernels.cli:main"
+def test_type_marker():
     assert (ROOT / "jackpot_kernels" / "py.typed").is_file()
+
+
+def test_command_is_installed(tmp_path):
+    script = """
+from distutils.core import run_setup
+print(*run_setup("setup.py", ["--quiet"], stop_after="config").scripts)
+"""
+    assert python(script).split() == [COMMAND.relative_to(ROOT).as_posix()]
+    answer = subprocess.run(
+        [sys.executable, shutil.copy(COMMAND, tmp_path), "--help"], capture_output=True, text=True
+    )
+    assert answer.returncode == 0 and "pretrain" in answer.stdout
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """The package in a checkout of its own, with the compiled extension and its sources."""
+    for folder in ("jackpot_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "setup.py").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda at: (at / "jackpot_kernels" / "_C.abi3.so").unlink(), "has no compiled extension at"),
+        (lambda at: (at / "csrc" / "ops.cpp").write_text("// edited\n"), "is stale, .* has changed since"),
+    ],
+    ids=["missing", "stale"],
+)
+def test_command_without_its_extension_says_one_sentence(copied_package, change, sentence):
+    change(copied_package)
+    answer = subprocess.run(
+        [sys.executable, shutil.copy(COMMAND, copied_package), "env"],
+        env={**os.environ, "PYTHONPATH": str(copied_package)},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert re.fullmatch(f"jackpot: .*{sentence}.*: run `pip install .* in {copied_package}\n", answer.stderr)

@@ -47,13 +47,36 @@ def as_dataset(value: Any, name: str) -> Dataset:
     return value
 
 
+class SelfBatching(Dataset):
+    """A data set that makes its batches itself, instead of one sample at a time."""
+
+    def batches(
+        self,
+        order: Tensor,
+        batch_size: int,
+        device: torch.device,
+        seed: int,
+        start: int = 0,
+        workers: int = 0,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the samples of ``order`` in batches, from batch ``start`` on.
+
+        Args:
+            order: indices; the last batch may have fewer.  # [N]
+            seed: of what is drawn, if anything is.
+            workers: threads or processes that help.
+        """
+        raise NotImplementedError
+
+
 class Batches:
     """A data set in batches on one device: in order, or in the order that (seed, epoch) gives.
 
     The tensors of a ``TensorDataset`` are moved to the device once and indexed there; everything else goes
-    through a ``DataLoader``. Order and augmentation depend on (seed, epoch, index) alone: neither device and
-    number of workers nor an interruption changes them. ``Images`` are augmented in shuffled batches only;
-    what other data sets do to a sample may draw from ``torch`` and from ``random``.
+    through a ``DataLoader``, unless it makes its batches itself. Order and augmentation depend on (seed,
+    epoch, index) alone: neither device and number of workers nor an interruption changes them. ``Images`` are
+    augmented in shuffled batches only; what other data sets do to a sample may draw from ``torch`` and from
+    ``random``.
     """
 
     def __init__(
@@ -116,6 +139,11 @@ class Batches:
         return values.to(self.device).split(self.batch_size)
 
     def _loaded(self, order: Tensor, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self._data, SelfBatching):
+            yield from self._data.batches(
+                order, self.batch_size, self.device, seed, start=start, workers=self._workers
+            )
+            return
         loader = DataLoader(
             _SeededItems(self._data, seed),
             batch_sampler=[index.tolist() for index in order.split(self.batch_size)[start:]],
