@@ -13,7 +13,14 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Gradients, cast_weight, once, register, weight_gradients
+from jackpot_kernels.ops.masked import (
+    Function,
+    Gradients,
+    cast_weight,
+    once,
+    register,
+    weight_gradients,
+)
 
 
 def _dense(
@@ -128,10 +135,9 @@ def masked_linear_backward(
     return KERNELS[backend][1](grad, x, weight, words, effective_weight, needs)
 
 
-class MaskedLinearFunction(torch.autograd.Function):
+class MaskedLinearFunction(Function):
     """``masked_linear`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
 
-    # `apply` binds every named argument of `forward` at each call, which can cost more than the matmul.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return masked_linear(*inputs)

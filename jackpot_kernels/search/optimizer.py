@@ -211,8 +211,6 @@ class SRPopup(torch.optim.Optimizer):
             seed=search["seed"],
             workspace=self._workspace,
         )
-        for layer in layers:
-            layer.mark_patched()
         self._watch(words)
         self._calls += 1
         return loss
@@ -253,8 +251,6 @@ class SRPopup(torch.optim.Optimizer):
         effective = [weight for weight in self._captured_effective if weight is not None]
         written = (*self._scores, *self._momenta, *words, *effective)
         torch.autograd.graph.increment_version(written)
-        for layer in self._layers.values():
-            layer.mark_patched()
         self._watch(words)
         self._stats = self._captured_stats
         self._calls += 1
