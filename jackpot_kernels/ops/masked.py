@@ -58,7 +58,7 @@ class Function(torch.autograd.Function):
         """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*inputs)
-        return super(torch.autograd.Function, cls).apply(*inputs)
+        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
 
 
 class EffectiveWeightFunction(Function):
