@@ -1,7 +1,5 @@
 """The whole search step, ``SRPopup.step``: update, selection, swap and effective weights of all layers."""
 
-from collections.abc import Mapping
-
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -15,7 +13,7 @@ from benchmarks.baselines import (
     fused_sgd,
 )
 from benchmarks.checks import require_close, require_same_state, require_same_statistics, require_same_swaps
-from benchmarks.harness import Call, contest
+from benchmarks.harness import TWINS, contest, in_turn
 from benchmarks.searches import Search
 
 
@@ -37,36 +35,30 @@ def bench_search_step(benchmark: BenchmarkFixture, search: Search, budget_s: flo
             step()
     for state in (eager, compiled, authors):
         require_same_swaps(state, expected, before)
-    _contest_of_steps(benchmark, search, others, 3 * budget_s)
+    rows: list[Tensor] = []
+
+    def prepare() -> None:
+        rows.append(search.optimizer._stats)
+        search.draw_gradients()
+
+    contest(benchmark, search.optimizer.step, others, budget_s=3 * budget_s, prepare=prepare)
+    timed = torch.stack(rows[2:]).double()  # [R, L, 5]
+    benchmark.extra_info["swaps proposed"] = timed[..., 0].sum(1).mean().item()
+    benchmark.extra_info["layers scanned again"] = timed[..., 4].mean().item()
 
 
 def bench_search_step_to_sgd(benchmark: BenchmarkFixture, search: Search, budget_s: float) -> None:
     """Against a mere update of the same scores, which selects and swaps nothing."""
-    fused, compiled = search.state(), search.state()
-    others = {
-        "fused SGD": fused_sgd(fused, search.gradients),
-        "compiled SGD": compiled_sgd(compiled, search.gradients),
-    }
-    for _ in range(2):
-        search.draw_gradients()
-        search.optimizer.step()
-        for update in others.values():
-            update()
-    for state in (fused, compiled):
-        require_close("scores", state.scores, search.state().scores)
-    _contest_of_steps(benchmark, search, others, budget_s)
-
-
-def _contest_of_steps(
-    benchmark: BenchmarkFixture, search: Search, others: Mapping[str, Call], budget_s: float
-) -> None:
-    statistics: list[Tensor] = []
-
-    def prepare() -> None:
-        statistics.append(search.optimizer._stats)
-        search.draw_gradients()
-
-    contest(benchmark, search.optimizer.step, others, budget_s=budget_s, prepare=prepare)
-    timed = torch.stack(statistics[2:]).double()  # [R, L, 5]
-    benchmark.extra_info["swaps proposed"] = timed[..., 0].sum(1).mean().item()
-    benchmark.extra_info["layers scanned again"] = timed[..., 4].mean().item()
+    twins = [search, *(search.fork() for _ in range(TWINS - 1))]
+    fused, compiled = [twin.state() for twin in twins], search.state()
+    updates = [fused_sgd(state, twin.gradients) for state, twin in zip(fused, twins, strict=True)]
+    compiled_update = compiled_sgd(compiled, search.gradients)
+    for twin in twins:
+        twin.draw_gradients()
+    compiled_update()
+    steps = in_turn([twin.optimizer.step for twin in twins])
+    others = {"fused SGD": in_turn(updates), "compiled SGD": compiled_update}
+    for state, twin in zip((*fused, compiled), (*twins, search), strict=True):
+        require_close("scores", state.scores, twin.state().scores)
+    draw = in_turn([twin.draw_gradients for twin in twins])
+    contest(benchmark, steps, others, budget_s=2 * budget_s, prepare=draw)

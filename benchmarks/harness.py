@@ -5,8 +5,9 @@ import gc
 import os
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from jackpot_kernels.environment import environment
 
 THREADS = 2
+# Copies of one contender differ by up to 5 % by where their memory happens to lie: each is some, in turn.
+TWINS = 3
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -74,6 +77,14 @@ def contest(
     benchmark.extra_info["disturbance"] = (
         None if busy is None or busy_after is None else max(0.0, busy_after - busy) / wall
     )
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """Return a call of the next of ``calls``, which come round again; each was called once before."""
+    for call in calls:
+        call()
+    endless = cycle(calls)
+    return lambda: next(endless)()
 
 
 def keep_freed_memory() -> None:

@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(jackpot, m) {
   m.def(
       "swap_(Tensor[] scores, Tensor(a!)[] masks, Tensor[] weights, Tensor(b!)[] effective, Tensor num_kept, "
       "Tensor schedule, Tensor control, bool joint, str pairs, int seed, Tensor(c!)? workspace) -> Tensor");
+  m.def(
+      "search_step_(Tensor(a!)[] scores, Tensor(b!)[] momenta, Tensor[] grads, Tensor(c!)[] masks, Tensor[] "
+      "weights, Tensor(d!)[] effective, Tensor hyper, Tensor num_kept, Tensor schedule, Tensor(e!) control, "
+      "Tensor? found_inf, bool joint, str pairs, int seed, Tensor(f!)? workspace) -> Tensor");
   m.def("workspace_size(Tensor[] scores, bool joint) -> int");
   m.def("cpu_capability() -> str");
   m.def("build_facts() -> str");

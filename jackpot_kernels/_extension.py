@@ -66,8 +66,9 @@ def _load_library(library: Path) -> dict[str, Any]:
         torch.ops.load_library(str(library))
         return build_facts()
     except (OSError, AttributeError, ValueError) as error:
+        # Newer torch hides what the linker said behind a sentence of its own.
         raise ImportError(
-            f"the compiled extension {library} cannot be loaded ({error}): {_remedy()}"
+            f"the compiled extension {library} cannot be loaded ({error.__cause__ or error}): {_remedy()}"
         ) from error
 
 

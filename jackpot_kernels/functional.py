@@ -20,6 +20,7 @@ from jackpot_kernels._validate import (
 from jackpot_kernels.ops import masked_conv as conv_op
 from jackpot_kernels.ops import masked_linear as linear_op
 from jackpot_kernels.ops.dispatch import choose_backend
+from jackpot_kernels.ops.masked import differentiable
 from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
 
 
@@ -32,7 +33,7 @@ def masked_linear(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Return ``x @ (weight * mask).T + bias`` (Eq. 4), differentiable once.
+    """Return ``x @ (weight * mask).T + bias`` (Eq. 4).
 
     dL/dscores = G * weight (Eq. 6, 18);  dL/dweight = G * mask (Eq. 31);  G = dL/d(weight * mask)
 
@@ -43,7 +44,8 @@ def masked_linear(
         mask: bool, or the int32 words of ``pack_mask``.  # [M, K] or [ceil(M * K / 32)]
         bias: the dtype of ``weight``.  # [M]
         backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's matmul), "fused"
-            (Triton, the mask applied in registers) or "reference" (plain PyTorch).
+            (Triton, the mask applied in registers; it can be differentiated only once) or "reference" (plain
+            PyTorch).
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.linear``.  # [..., M]
@@ -132,7 +134,7 @@ def masked_conv2d(
     groups: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the convolution of ``x`` with ``weight * mask``, plus ``bias`` (Eq. 4), differentiable once.
+    """Return the convolution of ``x`` with ``weight * mask``, plus ``bias`` (Eq. 4).
 
     dL/dscores = G * weight (Eq. 6, 18);  dL/dweight = G * mask (Eq. 31);  G = dL/d(weight * mask)
 
@@ -146,7 +148,8 @@ def masked_conv2d(
         padding: the same, in elements of zeros on either side, or "valid" or "same".
         groups: a divisor of I and O.
         backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's convolution),
-            "fused" (Triton, the mask applied in registers) or "reference" (plain PyTorch).
+            "fused" (Triton, the mask applied in registers; it can be differentiated only once) or "reference"
+            (plain PyTorch).
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.conv2d``.  # [N, O, H', W']
@@ -257,6 +260,9 @@ def linear(
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         return reference.masked_linear(x, weight, scores, mask, bias)
+    if backend == "dense":
+        made = differentiable(weight, scores, words, effective_weight, x.dtype)
+        return linear_op.masked_linear(x, weight, scores, words, made, bias, backend)
     y: Tensor = linear_op.MaskedLinearFunction.apply(
         x, weight, scores, words, effective_weight, bias, backend
     )
@@ -296,6 +302,9 @@ def convolution(
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         y = reference.masked_conv(x, weight, scores, mask, bias, *window)
+    elif backend == "dense":
+        made = differentiable(weight, scores, words, effective_weight, x.dtype)
+        y = conv_op.masked_conv(x, weight, scores, words, made, bias, *window, backend)
     else:
         y = conv_op.MaskedConvFunction.apply(
             x, weight, scores, words, effective_weight, bias, *window, backend

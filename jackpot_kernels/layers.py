@@ -42,7 +42,7 @@ class MaskedLayer(nn.Module):
 
     # The effective weight is built when a forward pass first needs it, and again when weight or mask are not
     # the tensors, in the state, that it was built from. Whoever patches it together with the mask, as the
-    # optimizer does at each step, calls `mark_patched` to say that this write brought both along.
+    # optimizer does at each step, writes to both once: what counts is by how many writes the mask is ahead.
     _effective: Tensor | None = None
     _built_from: tuple[Tensor | None, Tensor | None] = (None, None)
     _built_at: tuple[int, ...] = ()
@@ -128,20 +128,20 @@ class MaskedLayer(nn.Module):
         weight, words, kept = self.weight, self.mask_words, self._effective
         dtype = dtype or compute_dtype(weight)
         compiling = torch.compiler.is_compiling()
-        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh(weight, words)):
+        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh(weight, words, kept)):
             return kept
         if compiling:
             return effective_weight(weight, words, dtype)
         # A tensor made in inference mode could be neither saved for a later backward pass nor patched.
         with torch.inference_mode(False):
             self._effective = made = effective_weight(weight, words, dtype)
-        self._built_from, self._built_at = (weight, words), _state(weight, words)
+        self._built_from, self._built_at = (weight, words), _state(weight, words, made)
         return made
 
     @property
     def cached_effective_weight(self) -> Tensor | None:
         """The effective weight that is kept; None if none is kept up to date."""
-        if self._effective is not None and not self._is_fresh(*self._sources()):
+        if self._effective is not None and not self._is_fresh(self.weight, self.mask_words, self._effective):
             self._effective = None
         return self._effective
 
@@ -154,20 +154,9 @@ class MaskedLayer(nn.Module):
         """
         return self._effective
 
-    def mark_patched(self) -> None:
-        """Say that one write took ``mask_words`` and ``patchable_effective_weight`` to the same new mask."""
-        if self._effective is not None:
-            weight, weight_version, words, words_version = self._built_at
-            # The module's own way of setting an attribute takes ten times as long.
-            self.__dict__["_built_at"] = (weight, weight_version, words, words_version + 1)
-
-    def _sources(self) -> tuple[Tensor, Tensor]:
-        """Return weight and mask words, read past the module's slower way of finding them."""
-        return self.__dict__["_parameters"]["weight"], self.__dict__["_buffers"]["mask_words"]
-
-    def _is_fresh(self, weight: Tensor, words: Tensor) -> bool:
+    def _is_fresh(self, weight: Tensor, words: Tensor, made: Tensor) -> bool:
         old_weight, old_words = self._built_from
-        return weight is old_weight and words is old_words and self._built_at == _state(weight, words)
+        return weight is old_weight and words is old_words and self._built_at == _state(weight, words, made)
 
     def _prepare(self, x: Tensor, groups: int = 1) -> tuple[str, Tensor | None]:
         """Return the backend of a forward pass, and what its kernel may use besides weight and mask.
@@ -310,9 +299,10 @@ def _blank(kind: type[Any], like: Any, arguments: tuple[str, ...]) -> Any:
     return layer.train(like.training)
 
 
-def _state(weight: Tensor, words: Tensor) -> tuple[int, ...]:
-    """Return what changes when the tensors are written to or given other memory."""
-    return weight.data_ptr(), _version(weight), words.data_ptr(), _version(words)
+def _state(weight: Tensor, words: Tensor, made: Tensor) -> tuple[int, ...]:
+    """Return what changes when weight or mask are given other memory, or written to without ``made``."""
+    ahead = _version(words) - made._version
+    return weight.data_ptr(), _version(weight), words.data_ptr(), ahead
 
 
 def _version(tensor: Tensor) -> int:

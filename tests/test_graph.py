@@ -83,7 +83,26 @@ def test_notices_effective_weights_that_a_graph_does_not_know():
     model = make_network()
     optimizer = jk.SRPopup(model, total_steps=3)
     captured_step(model, optimizer)
+    assert optimizer.is_captured
     model.conv.effective_weight(torch.float64)
+    assert not optimizer.is_captured
+
+
+def test_notices_memory_that_a_graph_does_not_know():
+    """A replay would write to what was freed since."""
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    assert not optimizer.is_captured
+    captured_step(model, optimizer)
+    state = optimizer.state_dict()
+    assert optimizer.is_captured
+    optimizer.load_state_dict(state)
+    assert not optimizer.is_captured
+    for layer in jk.masked_layers(model).values():
+        layer._effective = None  # as under the fused backend, which keeps none
+    captured_step(model, optimizer)
+    assert optimizer.is_captured
+    model.conv.mask_words = model.conv.mask_words.clone()
     assert not optimizer.is_captured
 
 

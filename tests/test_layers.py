@@ -245,7 +245,7 @@ def test_effective_weight_is_built_once(layer, monkeypatch):
 
 
 def test_patched_effective_weight_is_kept(layer):
-    """What the optimizer does: it writes to the words and to the effective weight, then says so."""
+    """What the optimizer does: it writes to the words and to the effective weight, once each."""
     layer.effective_weight()
     for step in range(3):
         cached = layer.cached_effective_weight
@@ -253,17 +253,25 @@ def test_patched_effective_weight_is_kept(layer):
         layer.mask_words.copy_(pack_mask(mask))
         with torch.no_grad():
             cached.copy_(layer.weight * mask)
-        layer.mark_patched()
         assert layer.cached_effective_weight is cached, step
         assert_fresh(layer)
 
 
-def test_stale_effective_weight_is_not_marked_fresh(layer):
-    layer.effective_weight()
+def test_patching_a_stale_effective_weight_does_not_make_it_fresh(layer):
+    made = layer.effective_weight()
     with torch.no_grad():
         layer.weight.mul_(2)
+        torch.autograd.graph.increment_version((layer.mask_words, made))
     assert layer.cached_effective_weight is None
-    layer.mark_patched()
+    assert_fresh(layer)
+
+
+def test_a_write_to_the_mask_alone_is_noticed_after_a_patch(layer):
+    made = layer.effective_weight()
+    torch.autograd.graph.increment_version((layer.mask_words, made))
+    assert layer.cached_effective_weight is made
+    layer.mask_words.zero_()
+    assert layer.cached_effective_weight is None
     assert_fresh(layer)
 
 
@@ -502,7 +510,6 @@ def test_compiles_in_one_graph_and_follows_patches(warm):
             layer.mask_words.copy_(pack_mask(mask))
             if warm:
                 layer._effective.copy_(layer.weight * mask)
-                layer.mark_patched()
 
 
 def test_compiles_under_autocast():

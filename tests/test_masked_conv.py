@@ -178,10 +178,25 @@ def test_autocast(backend):
     assert all(grad.dtype == torch.float32 for grad in grads)
 
 
-def test_second_derivative_raises():
+def test_second_derivatives():
+    """A penalty on the first gradients is differentiated as with a plain effective weight."""
     (x, weight, scores), mask, bias, options = problem("2d")
-    for wanted in (x, scores):
-        y = masked_conv2d(x, weight, scores, mask, bias, **options)
+    frozen, effective = weight.detach(), (weight * mask).detach().requires_grad_()
+
+    def derivatives(y, leaf, factor):
+        dx, dleaf = torch.autograd.grad(y.square().sum(), (x, leaf), create_graph=True)
+        return torch.autograd.grad(dx.square().sum() + (dleaf * factor).square().sum(), (x, leaf))
+
+    dx, dscores = derivatives(masked_conv2d(x, frozen, scores, mask, bias, **options), scores, 1)
+    wanted, behind = derivatives(F.conv2d(x, effective, bias, **options), effective, frozen)
+    torch.testing.assert_close(dx, wanted)
+    torch.testing.assert_close(dscores, behind * frozen)
+
+
+def test_second_derivative_of_the_operator_raises():
+    tensors, window = operands("2d all", True, True)
+    for wanted in (tensors[0], tensors[2]):
+        y = MaskedConvFunction.apply(*tensors, *window, "dense")
         (grad,) = torch.autograd.grad(y.sum(), wanted, create_graph=True)
         with pytest.raises(RuntimeError, match="masked_conv can be differentiated only once"):
             grad.sum().backward()

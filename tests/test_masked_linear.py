@@ -163,16 +163,32 @@ def test_autocast(backend):
     assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
-def test_second_derivative_raises():
+def test_second_derivatives():
+    """A penalty on the first gradients is differentiated as with a plain effective weight."""
     x, weight, scores, mask, bias = problem((3,), 5, 9)
+    frozen, effective = weight.detach(), (weight * mask).detach().requires_grad_()
+
+    def derivatives(y, leaf, factor):
+        dx, dleaf = torch.autograd.grad(y.square().sum(), (x, leaf), create_graph=True)
+        return torch.autograd.grad(dx.square().sum() + (dleaf * factor).square().sum(), (x, leaf))
+
+    for leaf, factor, y in (
+        (scores, frozen, masked_linear(x, frozen, scores, mask, bias)),
+        (weight, mask, masked_linear(x, weight, scores.detach(), mask, bias)),
+    ):
+        dx, dleaf = derivatives(y, leaf, 1)
+        wanted, behind = derivatives(F.linear(x, effective, bias), effective, factor)
+        torch.testing.assert_close(dx, wanted)
+        torch.testing.assert_close(dleaf, behind * factor)
+
+
+def test_second_derivative_of_the_operator_raises():
+    x, weight, scores, words, _, bias = operands(False, True)
     for wanted in (x, scores):
-        y = masked_linear(x, weight, scores, mask, bias)
+        y = MaskedLinearFunction.apply(x, weight, scores, words, None, bias, "dense")
         (grad,) = torch.autograd.grad(y.sum(), wanted, create_graph=True)
         with pytest.raises(RuntimeError, match="masked_linear can be differentiated only once"):
             grad.sum().backward()
-    y = masked_linear(x, weight, scores, mask, bias, backend="reference")
-    (grad,) = torch.autograd.grad(y.square().sum(), scores, create_graph=True)
-    grad.sum().backward()
 
 
 def test_functorch_gradient():

@@ -163,6 +163,16 @@ def test_a_tensor_lr_has_the_bits_of_a_float():
     assert_equal(results[0], results[2])
 
 
+def test_a_number_replaces_a_tensor_lr():
+    model = make_network()
+    optimizer = jk.SRPopup(model, lr=torch.tensor(0.1), total_steps=6)
+    run(model, optimizer, range(2))
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = model.conv.scores.detach().clone()
+    run(model, optimizer, range(2, 4))
+    assert torch.equal(model.conv.scores, before)
+
+
 def test_step_scale_multiplies_lr():
     results = []
     for lr, scale in ((0.05, 1.0), (0.1, 0.5), (torch.tensor(0.1), 0.5)):

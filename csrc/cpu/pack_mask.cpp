@@ -24,7 +24,7 @@ void each_word(int64_t numel, const Body& body) {
   });
 }
 
-Tensor pack_mask(const Tensor mask) {
+Tensor pack_mask(const Tensor& mask) {
   require_cpu(mask, ScalarType::Bool, "mask");
   Tensor words = torch::stable::new_empty(mask, {(mask.numel() + 31) / 32}, ScalarType::Int);
   const uint8_t* const bools = static_cast<const uint8_t*>(mask.data_ptr());
@@ -37,7 +37,7 @@ Tensor pack_mask(const Tensor mask) {
   return words;
 }
 
-Tensor unpack_mask(const Tensor words, const std::vector<int64_t> shape) {
+Tensor unpack_mask(const Tensor& words, const std::vector<int64_t>& shape) {
   require_cpu(words, ScalarType::Int, "words");
   Tensor mask = torch::stable::new_empty(words, shape, ScalarType::Bool);
   STD_TORCH_CHECK(words.numel() == (mask.numel() + 31) / 32,

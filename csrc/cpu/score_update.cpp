@@ -4,6 +4,7 @@
 #include <atomic>
 #include <optional>
 
+#include "operators.h"
 #include "parallel.h"
 #include "workspace.h"
 
@@ -79,9 +80,11 @@ void update_tile(const Segments& segments, const TileRef& ref, const LayerUpdate
   workspace->candidates[segment].append(tile, tile_kernels().run(tile));
 }
 
-void score_update_(const Tensors scores, const Tensors momenta, const Tensors grads, const Tensors masks,
-                   const Tensor hyper, Tensor control, std::optional<Tensor> found_inf,
-                   std::optional<Tensor> workspace, bool joint) {
+}  // namespace
+
+void score_update_(const Tensors& scores, const Tensors& momenta, const Tensors& grads, const Tensors& masks,
+                   const Tensor& hyper, const Tensor& control, const std::optional<Tensor>& found_inf,
+                   const std::optional<Tensor>& workspace, bool joint) {
   const Segments segments = make_segments(scores, masks, joint);
   const std::vector<LayerUpdate> updates = make_updates(segments, momenta, grads, hyper);
   int64_t* const steps = control_of(control);
@@ -105,7 +108,9 @@ void score_update_(const Tensors scores, const Tensors momenta, const Tensors gr
   });
 }
 
-int64_t workspace_size(const Tensors scores, bool joint) {
+namespace {
+
+int64_t workspace_size(const Tensors& scores, bool joint) {
   return workspace_words(make_segments(scores, {}, joint).numel);
 }
 

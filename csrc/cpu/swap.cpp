@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../order.h"
+#include "operators.h"
 #include "parallel.h"
 #include "patch.h"
 #include "rank_select.h"
@@ -250,9 +251,11 @@ std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, co
   return patches;
 }
 
-Tensor swap_(const Tensors scores, const Tensors masks, const Tensors weights, const Tensors effective,
-             const Tensor num_kept, const Tensor schedule, const Tensor control, bool joint,
-             const std::string pairs, int64_t seed, std::optional<Tensor> workspace) {
+}  // namespace
+
+Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
+             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
+             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
   const Segments segments = make_segments(scores, masks, joint);
   STD_TORCH_CHECK(masks.size() == scores.size(), "masks must have one entry a layer");
   const std::vector<Patch> patches = make_patches(masks, weights, effective);
@@ -298,7 +301,6 @@ Tensor swap_(const Tensors scores, const Tensors masks, const Tensors weights, c
   return stats;
 }
 
-}  // namespace
 }  // namespace jackpot
 
 STABLE_TORCH_LIBRARY_IMPL(jackpot, CPU, m) { m.impl("swap_", TORCH_BOX(&jackpot::swap_)); }

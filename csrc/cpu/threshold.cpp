@@ -11,7 +11,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-std::tuple<Tensor, Tensor> threshold(const Tensors values, const Tensor num_kept, bool joint) {
+std::tuple<Tensor, Tensor> threshold(const Tensors& values, const Tensor& num_kept, bool joint) {
   const Segments segments = make_segments(values, {}, joint);
   require_cpu(num_kept, ScalarType::Long, "num_kept");
   STD_TORCH_CHECK(num_kept.numel() == segments.size(), "num_kept must have one entry a segment");

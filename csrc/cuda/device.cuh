@@ -48,8 +48,28 @@ __device__ inline uint32_t sum_up_to(uint32_t value, SumScratch& scratch) {
   __syncthreads();
   if (lane == kWarp - 1) scratch.warps[warp] = value;
   __syncthreads();
-  for (uint32_t i = 0; i < warp; ++i) value += scratch.warps[i];
-  return value;
+  return value + __reduce_add_sync(kAllLanes, lane < warp ? scratch.warps[lane] : 0);
+}
+
+struct MaxScratch {
+  uint64_t warps[kWarp];
+};
+
+__device__ inline uint64_t largest_of_warp(uint64_t value) {
+  const uint32_t high = static_cast<uint32_t>(value >> 32);
+  const uint32_t most = __reduce_max_sync(kAllLanes, high);
+  const uint32_t low = __reduce_max_sync(kAllLanes, high == most ? static_cast<uint32_t>(value) : 0);
+  return uint64_t{most} << 32 | low;
+}
+
+// The largest value of all threads of the block, which must all come here.
+__device__ inline uint64_t largest_of_block(uint64_t value, MaxScratch& scratch) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  value = largest_of_warp(value);
+  __syncthreads();
+  if (lane == 0) scratch.warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return largest_of_warp(lane < blockDim.x / kWarp ? scratch.warps[lane] : 0);
 }
 
 // True in all threads of the block that comes here as the last of `blocks`: it sees all that the others

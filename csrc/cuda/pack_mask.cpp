@@ -5,7 +5,7 @@
 namespace jackpot {
 namespace {
 
-Tensor packed(const Tensor mask) {
+Tensor packed(const Tensor& mask) {
   const Device device(mask);
   const uint8_t* const from = device.require<uint8_t>(mask, ScalarType::Bool, "mask");
   Tensor words = torch::stable::new_empty(mask, {(mask.numel() + 31) / 32}, ScalarType::Int);
@@ -14,7 +14,7 @@ Tensor packed(const Tensor mask) {
   return words;
 }
 
-Tensor unpacked(const Tensor words, const std::vector<int64_t> shape) {
+Tensor unpacked(const Tensor& words, const std::vector<int64_t>& shape) {
   const Device device(words);
   const uint32_t* const from = device.require<uint32_t>(words, ScalarType::Int, "words");
   Tensor mask = torch::stable::new_empty(words, shape, ScalarType::Bool);

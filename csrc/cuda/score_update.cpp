@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "tensors.h"
+#include "operators.h"
 
 namespace jackpot {
 namespace {
@@ -29,9 +29,11 @@ std::vector<UpdateLayer> make_layers(const Device& device, const Tensors& scores
   return layers;
 }
 
-void update(const Tensors scores, const Tensors momenta, const Tensors grads, const Tensors masks,
-            const Tensor hyper, Tensor control, std::optional<Tensor> found_inf,
-            std::optional<Tensor> workspace, bool joint) {
+}  // namespace
+
+void score_update_(const Tensors& scores, const Tensors& momenta, const Tensors& grads, const Tensors& masks,
+                   const Tensor& hyper, const Tensor& control, const std::optional<Tensor>& found_inf,
+                   const std::optional<Tensor>& workspace, bool joint) {
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
   const Device device(scores[0]);
   const std::vector<UpdateLayer> layers = make_layers(device, scores, momenta, grads, masks);
@@ -49,7 +51,9 @@ void update(const Tensors scores, const Tensors momenta, const Tensors grads, co
   check(score_update(device.launch(), layers, table, workspace_in(device, memory, segments)));
 }
 
-int64_t workspace_size(const Tensors scores, bool joint) {
+namespace {
+
+int64_t workspace_size(const Tensors& scores, bool joint) {
   const int64_t size = Workspace(nullptr, segment_sizes(scores, joint)).size();
   STD_TORCH_CHECK(size < 1ll << 32, "scores must have less than 2^36 weights");
   return size;
@@ -59,6 +63,6 @@ int64_t workspace_size(const Tensors scores, bool joint) {
 }  // namespace jackpot
 
 STABLE_TORCH_LIBRARY_IMPL(jackpot, CUDA, m) {
-  m.impl("score_update_", TORCH_BOX(&jackpot::update));
+  m.impl("score_update_", TORCH_BOX(&jackpot::score_update_));
   m.impl("workspace_size", TORCH_BOX(&jackpot::workspace_size));
 }

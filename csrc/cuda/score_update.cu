@@ -16,23 +16,53 @@ struct Shared {
   uint32_t last;
 };
 
-__device__ void store4(float* to, const float* from, uint32_t index, uint32_t numel) {
-  if (index + 4 <= numel && reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0) {
-    *reinterpret_cast<float4*>(to + index) = make_float4(from[0], from[1], from[2], from[3]);
-  } else {
-#pragma unroll
-    for (uint32_t j = 0; j < 4; ++j) {
-      if (index + j < numel) to[index + j] = from[j];
-    }
-  }
-}
-
 __device__ uint32_t index_of(const Place& place, uint32_t tile, uint32_t group) {
   return (tile - place.first_tile) * kUpdateTile + (group * kThreads + threadIdx.x) * 4;
 }
 
+// Whether all threads find all their elements, in memory that is aligned to four.
+__device__ bool is_whole(const UpdateLayer& layer, uint32_t tile) {
+  const uintptr_t all = reinterpret_cast<uintptr_t>(layer.scores) |
+                        reinterpret_cast<uintptr_t>(layer.momenta) | reinterpret_cast<uintptr_t>(layer.grads);
+  const uint32_t left = layer.place.numel - (tile - layer.place.first_tile) * kUpdateTile;
+  return all % sizeof(float4) == 0 && left >= kUpdateTile;
+}
+
+// The thread's elements of a tile, in groups of four; those past the layer's end are 0.
+template <bool kWhole>
+__device__ void load(float* to, const float* from, const Place& place, uint32_t tile) {
+#pragma unroll
+  for (uint32_t i = 0; i < kGroups; ++i) {
+    const uint32_t index = index_of(place, tile, i);
+    if (kWhole) {
+      const float4 four = __ldcs(reinterpret_cast<const float4*>(from + index));
+      to[4 * i] = four.x, to[4 * i + 1] = four.y, to[4 * i + 2] = four.z, to[4 * i + 3] = four.w;
+    } else {
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) to[4 * i + j] = index + j < place.numel ? from[index + j] : 0.0f;
+    }
+  }
+}
+
+template <bool kWhole>
+__device__ void store(float* to, const float* from, const Place& place, uint32_t tile) {
+#pragma unroll
+  for (uint32_t i = 0; i < kGroups; ++i) {
+    const uint32_t index = index_of(place, tile, i);
+    const float* const four = from + 4 * i;
+    if (kWhole) {
+      __stcs(reinterpret_cast<float4*>(to + index), make_float4(four[0], four[1], four[2], four[3]));
+    } else {
+#pragma unroll
+      for (uint32_t j = 0; j < 4; ++j) {
+        if (index + j < place.numel) to[index + j] = four[j];
+      }
+    }
+  }
+}
+
 __device__ void count_step(const UpdateTable& table) {
-  const bool skip = __ldcg(&table.header->not_finite) || (table.found_inf && *table.found_inf != 0);
+  const bool skip = __ldcg(&table.header->counters.not_finite) || (table.found_inf && *table.found_inf != 0);
   const int64_t step = table.control[0] + 1;
   if (!skip) {
     for (uint32_t s = threadIdx.x; s < table.num_segments; s += blockDim.x) {
@@ -42,13 +72,14 @@ __device__ void count_step(const UpdateTable& table) {
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  table.header->not_finite = 0;
+  table.header->counters.not_finite = 0;
   table.control[2] = skip;
   table.control[skip ? 1 : 0] += 1;
 }
 
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ UpdateTable table) {
   Shared& shared = shared_memory<Shared>();
+  Counters& counters = table.header->counters;
   bool bad = false;
   for (uint32_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
     const UpdateLayer& layer = table.layers[layer_from<&Place::first_tile>(table.layers, table.count, tile)];
@@ -61,49 +92,64 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
 #pragma unroll
     for (uint32_t j = 0; j < kPerThread; ++j) bad |= (float_bits(grads[j]) & 0x7f800000u) == 0x7f800000u;
   }
-  if (__any_sync(kAllLanes, bad) && threadIdx.x % kWarp == 0) atomicOr(&table.header->not_finite, 1u);
-  if (!is_last(&table.header->blocks_done, gridDim.x, shared.last)) return;
-  if (threadIdx.x == 0) table.header->blocks_done = 0;
+  if (__any_sync(kAllLanes, bad) && threadIdx.x % kWarp == 0) atomicOr(&counters.not_finite, 1u);
+  if (!is_last(&counters.blocks_done, gridDim.x, shared.last)) return;
+  if (threadIdx.x == 0) counters.blocks_done = 0;
   if (table.last) count_step(table);
 }
 
-__device__ void step4(float* scores, float* momenta, const float* grads, const float* hyper) {
-  const float lr = hyper[0], momentum = hyper[1], weight_decay = hyper[2], inv_scale = hyper[4];
-  const bool nesterov = hyper[3] != 0;
+struct Hyper {
+  float lr, momentum, weight_decay, nesterov, inv_scale;
+};
+
+__device__ void step(float* scores, float* momenta, const float* grads, const Hyper& hyper) {
 #pragma unroll
-  for (uint32_t j = 0; j < 4; ++j) {
-    const float g = __fmaf_rn(weight_decay, scores[j], __fmul_rn(grads[j], inv_scale));
-    const float m = __fmaf_rn(momentum, momenta[j], g);
-    const float direction = nesterov ? __fmaf_rn(momentum, m, g) : m;
+  for (uint32_t j = 0; j < kPerThread; ++j) {
+    const float g = __fmaf_rn(hyper.weight_decay, scores[j], __fmul_rn(grads[j], hyper.inv_scale));
+    const float m = __fmaf_rn(hyper.momentum, momenta[j], g);
+    const float direction = hyper.nesterov != 0 ? __fmaf_rn(hyper.momentum, m, g) : m;
     momenta[j] = m;
-    scores[j] = __fmaf_rn(-lr, direction, scores[j]);
+    scores[j] = __fmaf_rn(-hyper.lr, direction, scores[j]);
   }
 }
 
 // Appends this tile's candidates to the segment's lists, in any order. A list that overflows only counts.
 class Emission {
  public:
-  __device__ Emission(const UpdateTable& table, const Place& place, Segment& segment, Shared& shared)
-      : table_(table), place_(place), segment_(segment), shared_(shared) {
+  // Asks for what it needs, to be there by the time the scores are.
+  __device__ Emission(const UpdateTable& table, const UpdateLayer& layer, uint32_t number, uint32_t tile,
+                      Shared& shared)
+      : table_(table),
+        place_(layer.place),
+        segment_(table.segments ? table.segments + (table.joint ? 0 : number) : nullptr),
+        shared_(shared) {
+    if (!segment_) return;
+    wanted_ = segment_->armed;
+    window_ = segment_->window;
+#pragma unroll
+    for (uint32_t i = 0; i < kGroups; ++i) {
+      const uint32_t index = index_of(place_, tile, i);
+      if (index < place_.numel) masks_[i] = layer.mask[index / 32] >> index % 32;
+    }
+  }
+
+  __device__ bool wanted() const { return wanted_; }
+
+  // Notes which of the thread's scores are candidates.
+  __device__ void look(const float* scores, uint32_t tile) {
     __syncthreads();
     if (threadIdx.x == 0) shared_ = {};
     __syncthreads();
-  }
-
-  // Notes which of the thread's scores are candidates.
-  __device__ void look(const float* scores, const uint32_t* mask, uint32_t tile) {
-    const Window window = segment_.window;
     uint32_t counts = 0;  // above, pruned above and kept, ten bits each
 #pragma unroll
     for (uint32_t j = 0; j < kPerThread; ++j) {
-      const uint32_t index = index_of(place_, tile, j / 4) + j % 4;
-      if (index >= place_.numel) continue;
+      if (index_of(place_, tile, j / 4) + j % 4 >= place_.numel) continue;
       const float s = scores[j];
-      const bool kept = mask[index / 32] >> index % 32 & 1;
-      const bool above = !(s <= window.high);  // NaN, too, which ranks greatest
-      const bool inside = !above && s >= window.low;
-      kept_ |= static_cast<uint32_t>(kept && (inside || !(s > window.kept_high))) << j;
-      pruned_ |= static_cast<uint32_t>(!kept && (inside || !(s < window.pruned_low))) << j;
+      const bool kept = masks_[j / 4] >> j % 4 & 1;
+      const bool above = !(s <= window_.high);  // NaN, too, which ranks greatest
+      const bool inside = !above && s >= window_.low;
+      kept_ |= static_cast<uint32_t>(kept && (inside || !(s > window_.kept_high))) << j;
+      pruned_ |= static_cast<uint32_t>(!kept && (inside || !(s < window_.pruned_low))) << j;
       counts += static_cast<uint32_t>(above) | (above && !kept) << 10 | kept << 20;
     }
     counts = __reduce_add_sync(kAllLanes, counts);
@@ -138,7 +184,7 @@ class Emission {
   }
 
   __device__ void add_up() {
-    Counts& counts = segment_.counts;
+    Counts& counts = segment_->counts;
     shared_.kept_at = shared_.kept_out ? atomicAdd(&counts.kept_out, shared_.kept_out) : 0;
     shared_.pruned_at = shared_.pruned_out ? atomicAdd(&counts.pruned_out, shared_.pruned_out) : 0;
     atomicAdd(&counts.above, shared_.above);
@@ -157,43 +203,52 @@ class Emission {
 
   const UpdateTable& table_;
   const Place& place_;
-  Segment& segment_;
+  Segment* const segment_;
   Shared& shared_;
+  bool wanted_ = false;
+  Window window_ = {};
+  uint32_t masks_[kGroups] = {};  // those of a group in the lowest bits
   uint32_t kept_ = 0, pruned_ = 0, kept_at_ = 0, pruned_at_ = 0;
 };
 
-__global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
-  if (table.control[2]) return;
-  Shared& shared = shared_memory<Shared>();
-  for (uint32_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
-    const uint32_t number = layer_from<&Place::first_tile>(table.layers, table.count, tile);
-    const UpdateLayer& layer = table.layers[number];
-    Segment* const segment = table.segments ? table.segments + (table.joint ? 0 : number) : nullptr;
-    const bool emit = segment && segment->armed;
-    if (!layer.grads && !emit) continue;
+// Everything a tile needs is asked for before the first of it is used. Tiles are taken from the last one on
+// and leave nothing in the cache that would drive out the gradients which the check has just read.
+template <bool kWhole>
+__device__ void update_tile(const UpdateTable& table, uint32_t tile, uint32_t number, bool skip,
+                            Shared& shared) {
+  const UpdateLayer& layer = table.layers[number];
+  const Place& place = layer.place;
+  float scores[kPerThread], momenta[kPerThread], grads[kPerThread];
+  const float* const row = table.hyper + 5 * number;
+  const Hyper hyper = {row[0], row[1], row[2], row[3], row[4]};
+  load<kWhole>(scores, layer.scores, place, tile);
+  if (layer.grads) {
+    load<kWhole>(momenta, layer.momenta, place, tile);
+    load<kWhole>(grads, layer.grads, place, tile);
+  }
+  Emission emission(table, layer, number, tile, shared);
+  if (skip) return;
+  if (layer.grads) {
+    step(scores, momenta, grads, hyper);
+    store<kWhole>(layer.momenta, momenta, place, tile);
+    store<kWhole>(layer.scores, scores, place, tile);
+  }
+  if (!emission.wanted()) return;
+  emission.look(scores, tile);
+  emission.write(scores, tile);
+}
 
-    float scores[kPerThread], momenta[kPerThread], grads[kPerThread];
-#pragma unroll
-    for (uint32_t i = 0; i < kGroups; ++i) {
-      const uint32_t index = index_of(layer.place, tile, i);
-      load4(scores + 4 * i, layer.scores, index, layer.place.numel);
-      if (!layer.grads) continue;
-      load4(momenta + 4 * i, layer.momenta, index, layer.place.numel);
-      load4(grads + 4 * i, layer.grads, index, layer.place.numel);
+__global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
+  Shared& shared = shared_memory<Shared>();
+  const bool skip = table.control[2];
+  for (uint32_t i = blockIdx.x; i < table.tiles; i += gridDim.x) {
+    const uint32_t tile = table.tiles - 1 - i;
+    const uint32_t number = layer_from<&Place::first_tile>(table.layers, table.count, tile);
+    if (is_whole(table.layers[number], tile)) {
+      update_tile<true>(table, tile, number, skip, shared);
+    } else {
+      update_tile<false>(table, tile, number, skip, shared);
     }
-    if (layer.grads) {
-#pragma unroll
-      for (uint32_t i = 0; i < kGroups; ++i) {
-        const uint32_t index = index_of(layer.place, tile, i);
-        step4(scores + 4 * i, momenta + 4 * i, grads + 4 * i, table.hyper + 5 * number);
-        store4(layer.momenta, momenta + 4 * i, index, layer.place.numel);
-        store4(layer.scores, scores + 4 * i, index, layer.place.numel);
-      }
-    }
-    if (!emit) continue;
-    Emission emission(table, layer.place, *segment, shared);
-    emission.look(scores, layer.mask, tile);
-    emission.write(scores, tile);
   }
 }
 

@@ -13,10 +13,13 @@ struct Bin {
 struct SelectShared {
   uint32_t histograms[kProblems][kBins];
   Plan plan;
-  uint64_t lowest;  // negated, so that it starts as 0
+  uint64_t cuts[kProblems];
   SumScratch sums;
+  MaxScratch largest;
   Bin bin;
-  uint32_t total, ticket, flag, kept;
+  uint32_t total, ticket, flag;
+  uint32_t participants, tiles;  // of the rounds
+  Participant participant[kMaxLayers];
 };
 
 __device__ inline uint32_t digit_width(const Problem& problem) {
@@ -62,27 +65,29 @@ __device__ inline void narrow(Problem& problem, const Bin& bin, bool exact) {
   problem.decided = problem.open == 0 || (!exact && bin.k == bin.count);
 }
 
-// All values lie between low and high.
-__device__ inline Problem problem_between(uint64_t low, uint64_t high, uint32_t k) {
-  const uint32_t open = low < high ? 64 - __clzll(low ^ high) : 64;
-  return {open < 64 ? high >> open : 0, k, open, false};
-}
-
-// Decides a problem in one block; false if there are fewer than k values. each(visit) calls visit(value) for
-// the thread's share of them.
+// A cut that the k largest of the values from low to high reach and no other of them, found in one block;
+// false if there are fewer. each(visit) calls visit(value) for the thread's share of all values.
 template <class Each>
-__device__ bool select(Problem& problem, const Each& each, SelectShared& shared) {
+__device__ bool select(uint64_t low, uint64_t high, uint32_t k, const Each& each, SelectShared& shared,
+                       uint64_t& cut) {
+  if (low > high) return false;
   uint32_t* const histogram = shared.histograms[0];
+  // Digits of the distance from `low` tell values apart from the first on.
+  const uint64_t range = high - low;
+  Problem problem = {0, k, static_cast<uint32_t>(64 - __clzll(range | 1)), false};
+  __syncthreads();
   while (!problem.decided) {
-    __syncthreads();
     clear(histogram);
     __syncthreads();
-    each([&](uint64_t value) { count_digit(histogram, problem, value); });
+    each([&](uint64_t value) {
+      if (value - low <= range) count_digit(histogram, problem, value - low);
+    });
     __syncthreads();
     find_bin(histogram, problem.k, shared);
     if (shared.bin.count == 0) return false;
     narrow(problem, shared.bin, false);
   }
+  cut = low + problem.cut();
   return true;
 }
 
@@ -123,6 +128,16 @@ __device__ inline void take_histogram(uint32_t* to, uint32_t* from) {
   __syncthreads();
 }
 
+// The last participant whose first tile is not above the given one.
+__device__ inline uint32_t participant_of(uint32_t tile, const SelectShared& shared) {
+  uint32_t low = 0, high = shared.participants;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (shared.participant[middle].first_tile <= tile ? low : high) = middle;
+  }
+  return low;
+}
+
 // Waits until a round may run and takes its plan; false if the segment needs it no more.
 __device__ inline bool enter_round(const Segment& segment, uint32_t round, SelectShared& shared) {
   if (threadIdx.x == 0) {
@@ -147,32 +162,39 @@ __device__ inline void open_next_round(Segment& segment, uint32_t round, const P
   *static_cast<volatile uint32_t*>(&segment.round) = plan.stage == Stage::kFinished ? kNoRound : round + 1;
 }
 
-// Rounds over the scores of all segments in one launch. Blocks take tiles in order, round after round, and
-// wait only for tiles that were taken before theirs, so that a block waits for none that has not started: any
-// number of blocks comes to the end, at once or one after the other. The last block of a segment's round
+// The tiles of a segment, its first tile among all tiles of the table.
+template <class Table>
+__device__ uint32_t tiles_of(const Table& table, uint32_t number) {
+  const bool whole = table.joint || number + 1 == table.count;
+  return (whole ? table.tiles : table.layers[number + 1].place.first_tile) -
+         table.layers[number].place.first_tile;
+}
+
+// Rounds over the scores of shared.participant in one launch. Blocks take tiles in order, round after round,
+// and wait only for tiles that were taken before theirs, so that a block waits for none that has not started:
+// any number of blocks comes to the end, at once or one after the other. The last block of a segment's round
 // draws its conclusion: operation.scan(tile, layer, segment) and operation.conclude(segment) see shared.plan.
 template <class Table, class Operation>
 __device__ void run_rounds(const Table& table, uint32_t rounds, Operation& operation, SelectShared& shared) {
-  Header& header = *table.header;
+  Counters& counters = table.header->counters;
   for (;;) {
     __syncthreads();
-    if (threadIdx.x == 0) shared.ticket = atomicAdd(&header.ticket, 1u);
+    if (threadIdx.x == 0) shared.ticket = atomicAdd(&counters.ticket, 1u);
     __syncthreads();
-    const uint32_t round = shared.ticket / table.tiles, tile = shared.ticket % table.tiles;
+    const uint32_t round = shared.ticket / shared.tiles, at = shared.ticket % shared.tiles;
     if (round >= rounds) break;
-    const uint32_t layer = layer_from<&Place::first_tile>(table.layers, table.count, tile);
-    const uint32_t number = table.joint ? 0 : layer;
+    const auto& [number, first_tile] = shared.participant[participant_of(at, shared)];
+    const uint32_t tile = table.layers[number].place.first_tile + at - first_tile;
+    const uint32_t layer =
+        table.joint ? layer_from<&Place::first_tile>(table.layers, table.count, tile) : number;
     Segment& segment = table.segments[number];
     if (!enter_round(segment, round, shared)) continue;
     operation.scan(tile, layer, number);
-    const bool whole = table.joint || layer + 1 == table.count;
-    const uint32_t tiles = (whole ? table.tiles : table.layers[layer + 1].place.first_tile) -
-                           table.layers[number].place.first_tile;
-    if (!is_last(&segment.tally.tiles_done, tiles, shared.flag)) continue;
+    if (!is_last(&segment.tally.tiles_done, tiles_of(table, number), shared.flag)) continue;
     operation.conclude(number);
     open_next_round(segment, round, shared.plan);
   }
-  if (is_last(&header.left, gridDim.x, shared.flag) && threadIdx.x == 0) header = {};
+  if (is_last(&counters.left, gridDim.x, shared.flag) && threadIdx.x == 0) counters = {};
 }
 
 constexpr uint32_t kRoundsOfProblem = (64 + kDigit - 1) / kDigit;

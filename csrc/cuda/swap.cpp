@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include "tensors.h"
+#include "operators.h"
 
 namespace jackpot {
 namespace {
@@ -73,9 +73,11 @@ SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& m
   return layer;
 }
 
-Tensor swapped(const Tensors scores, const Tensors masks, const Tensors weights, const Tensors effective,
-               const Tensor num_kept, const Tensor schedule, const Tensor control, bool joint,
-               const std::string pairs, int64_t seed, std::optional<Tensor> workspace) {
+}  // namespace
+
+Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
+             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
+             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
   const Device device(scores[0]);
   const int64_t segments = static_cast<int64_t>(sizes.size());
@@ -105,7 +107,6 @@ Tensor swapped(const Tensors scores, const Tensors masks, const Tensors weights,
   return stats;
 }
 
-}  // namespace
 }  // namespace jackpot
 
-STABLE_TORCH_LIBRARY_IMPL(jackpot, CUDA, m) { m.impl("swap_", TORCH_BOX(&jackpot::swapped)); }
+STABLE_TORCH_LIBRARY_IMPL(jackpot, CUDA, m) { m.impl("swap_", TORCH_BOX(&jackpot::swap_)); }

@@ -134,83 +134,124 @@ __device__ float score_at(const SwapTable& table, uint32_t number, uint64_t rank
 
 // ---- one block, on the candidates of a segment
 
-struct Lists {
-  const uint64_t *kept, *pruned;
-  uint32_t kept_count, pruned_count;
+constexpr uint32_t kListBatch = 4;
 
+// The candidates of one class, as values of which the largest swap first.
+struct List {
+  const uint64_t* ranks;
+  uint32_t count;
+  uint64_t turned;  // bits in which a value differs from the rank
+
+  // visit(value) for the thread's share, some of which are on their way at a time.
   template <class Visit>
-  __device__ void each_kept(const Visit& visit) const {
-    for (uint32_t i = threadIdx.x; i < kept_count; i += blockDim.x) visit(kept[i]);
-  }
-  template <class Visit>
-  __device__ void each_pruned(const Visit& visit) const {
-    for (uint32_t i = threadIdx.x; i < pruned_count; i += blockDim.x) visit(pruned[i]);
+  __device__ void each(const Visit& visit) const {
+    for (uint32_t first = threadIdx.x; first < count; first += kListBatch * blockDim.x) {
+      uint64_t batch[kListBatch];
+#pragma unroll
+      for (uint32_t i = 0; i < kListBatch; ++i) {
+        const uint32_t at = first + i * blockDim.x;
+        batch[i] = at < count ? ranks[at] : 0;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kListBatch; ++i) {
+        if (first + i * blockDim.x < count) visit(batch[i] ^ turned);
+      }
+    }
   }
 };
 
-// Finds the threshold among the candidates inside the window, its rank negated in shared.lowest, and the
-// number of those that want to enter; false if the window misses it.
-__device__ bool find_threshold(const Lists& lists, const Segment& segment, Plan& plan, SelectShared& shared) {
-  const uint32_t low = rank_key(segment.window.low), high = rank_key(segment.window.high);
-  const auto inside = [=](uint64_t rank) { return key_of(rank) >= low && key_of(rank) <= high; };
-  if (plan.target <= segment.counts.above) return false;
-  Problem problem = problem_between(uint64_t{low} << 32, uint64_t{high} << 32 | 0xffffffffu,
-                                    plan.target - segment.counts.above);
-  const auto each_inside = [&](const auto& visit) {
-    const auto if_inside = [&](uint64_t rank) {
-      if (inside(rank)) visit(rank);
-    };
-    lists.each_kept(if_inside);
-    lists.each_pruned(if_inside);
-  };
-  if (!select(problem, each_inside, shared)) return false;
+struct Lists {
+  List entering, leaving;  // pruned and kept weights
 
-  const uint64_t cut = problem.cut();
-  uint64_t lowest = 0;
-  uint32_t entering = 0;
-  if (threadIdx.x == 0) shared.lowest = 0;
-  __syncthreads();
-  each_inside([&](uint64_t rank) {
-    if (rank >= cut && ~rank > lowest) lowest = ~rank;
+  __device__ List of(uint32_t problem) const { return problem % 2 == kEntering ? entering : leaving; }
+};
+
+// What the lists hold around the threshold.
+struct Borders {
+  uint64_t threshold;          // rank of the last of the target set
+  uint64_t entering, leaving;  // the largest value of either list
+
+  __device__ uint64_t first_of(uint32_t problem) const {
+    return problem % 2 == kEntering ? entering : leaving;
+  }
+};
+
+// Finds the threshold among the candidates inside the window, and the number of those that want to enter;
+// false if the window misses it.
+__device__ bool find_threshold(const Lists& lists, const Segment& segment, Plan& plan, Borders& borders,
+                               SelectShared& shared) {
+  const uint64_t low = uint64_t{rank_key(segment.window.low)} << 32;
+  const uint64_t high = uint64_t{rank_key(segment.window.high)} << 32 | 0xffffffffu;
+  if (plan.target <= segment.counts.above) return false;
+  const auto each_rank = [&](const auto& visit) {
+    lists.entering.each(visit);
+    lists.leaving.each([&](uint64_t value) { visit(~value); });
+  };
+  uint64_t cut = 0;
+  if (!select(low, high, plan.target - segment.counts.above, each_rank, shared, cut)) return false;
+
+  uint64_t entering = 0, leaving = 0, last = 0;  // that one negated
+  uint32_t proposed = 0;
+  lists.entering.each([&](uint64_t rank) {
+    entering = entering < rank ? rank : entering;
+    if (rank < cut || rank > high) return;
+    last = last < ~rank ? ~rank : last;
+    ++proposed;
   });
-  lists.each_pruned([&](uint64_t rank) { entering += inside(rank) && rank >= cut; });
-  if (lowest) atomic_max(&shared.lowest, lowest);
-  entering = sum_up_to(entering, shared.sums);
-  if (threadIdx.x == blockDim.x - 1) shared.total = entering;
+  lists.leaving.each([&](uint64_t value) {
+    leaving = leaving < value ? value : leaving;
+    if (~value >= cut && ~value <= high && last < value) last = value;
+  });
+  borders.threshold = ~largest_of_block(last, shared.largest);
+  borders.entering = largest_of_block(entering, shared.largest);
+  borders.leaving = largest_of_block(leaving, shared.largest);
+  proposed = sum_up_to(proposed, shared.sums);
+  if (threadIdx.x == blockDim.x - 1) shared.total = proposed;
   __syncthreads();
   plan.proposed = segment.counts.pruned_above + shared.total;
   return true;
 }
 
+// Finds the cuts of all that swaps, and where the next step's lists may end: a cut of 0 is the window's own
+// end. False if a list is too short.
+__device__ bool find_cuts(const Lists& lists, const Plan& plan, const Borders& borders, uint32_t numel,
+                          SelectShared& shared) {
+#pragma unroll 1
+  for (uint32_t i = 0; i < kProblems; ++i) {
+    const List list = lists.of(i);
+    const uint32_t taken = i % 2 == kEntering ? plan.entered : plan.left;
+    uint64_t low = i % 2 == kEntering ? borders.threshold : ~borders.threshold, cut = 0;
+    uint32_t k = taken;
+    if (i >= kEnteringBound) {
+      low = 0;
+      k = wants_bound(taken, list.count, numel) ? static_cast<uint32_t>(bound_rank(taken)) : 0;
+    }
+    const auto each = [&](const auto& visit) { list.each(visit); };
+    if (k > 0 && !select(low, borders.first_of(i), k, each, shared, cut)) return false;
+    if (threadIdx.x == 0) shared.cuts[i] = cut;
+  }
+  __syncthreads();
+  return true;
+}
+
 // The lists hold every score in the window, every kept one up to `lowest_until` and every pruned one from
 // `highest_from`, so whatever is chosen inside these bounds is what a scan of all scores would choose.
-__device__ bool reach_far_enough(const Lists& lists, const Window& window, const Plan& plan) {
+__device__ bool reach_far_enough(const Lists& lists, const Window& window, const Plan& plan,
+                                 const SelectShared& shared) {
   const float highest_from =
       window.pruned_low <= window.high ? fminf(window.pruned_low, window.low) : window.pruned_low;
   const float lowest_until =
       window.kept_high >= window.low ? fmaxf(window.kept_high, window.high) : window.kept_high;
-  const uint32_t from = rank_key(highest_from), until = rank_key(lowest_until);
+  const uint64_t from = uint64_t{rank_key(highest_from)} << 32;
+  const uint64_t until = uint64_t{rank_key(lowest_until)} << 32 | 0xffffffffu;
   bool beyond = false;
-  if (plan.entered) {
-    const uint64_t cut = plan.problems[kEntering].cut();
-    lists.each_pruned([&](uint64_t rank) { beyond |= rank >= cut && key_of(rank) < from; });
-  }
-  if (plan.left) {
-    const uint64_t cut = plan.problems[kLeaving].cut();
-    lists.each_kept([&](uint64_t rank) { beyond |= ~rank >= cut && key_of(rank) > until; });
+#pragma unroll 1
+  for (uint32_t i = kEntering; i <= kLeaving; ++i) {
+    const uint64_t cut = shared.cuts[i], end = i == kEntering ? from : ~until;
+    if ((i == kEntering ? plan.entered : plan.left) == 0 || cut >= end) continue;
+    lists.of(i).each([&](uint64_t value) { beyond |= value >= cut && value < end; });
   }
   return !__syncthreads_or(beyond);
-}
-
-__device__ Problem whole_problem(uint64_t k) { return {0, static_cast<uint32_t>(k), 64, k == 0}; }
-
-// Rank at which the next step's list of one class may end, 0 for the window's own end.
-template <class Each>
-__device__ uint64_t find_bound(uint32_t taken, uint32_t count, uint32_t numel, const Each& each,
-                               SelectShared& shared) {
-  if (!wants_bound(taken, count, numel)) return 0;
-  Problem problem = whole_problem(bound_rank(taken));
-  return select(problem, each, shared) ? problem.cut() : 0;
 }
 
 __device__ bool swap_candidates(const SwapTable& table, uint32_t number, const Request& request,
@@ -223,38 +264,29 @@ __device__ bool swap_candidates(const SwapTable& table, uint32_t number, const R
     return false;
   }
   const uint64_t* const ranks = table.ranks + table.layers[number].place.lists;
-  const Lists lists = {ranks, ranks + capacity, counts.kept_out, counts.pruned_out};
+  const Lists lists = {{ranks + capacity, counts.pruned_out, 0}, {ranks, counts.kept_out, ~0ull}};
   Plan plan = {};
+  Borders borders = {};
   plan.kept = counts.kept;
   plan.target = request.target(counts.kept);
-  if (!find_threshold(lists, segment, plan, shared)) return false;
-  const uint64_t threshold = ~shared.lowest;
+  if (!find_threshold(lists, segment, plan, borders, shared)) return false;
   plan.entered = request.granted(plan.proposed);
   plan.left = plan.entered + plan.kept - plan.target;
+  if (!find_cuts(lists, plan, borders, numel, shared)) return false;
+  if (!reach_far_enough(lists, segment.window, plan, shared)) return false;
 
-  const auto each_entering = [&](const auto& visit) { lists.each_pruned(visit); };
-  const auto each_leaving = [&](const auto& visit) { lists.each_kept([&](uint64_t rank) { visit(~rank); }); };
-  Problem &entering = plan.problems[kEntering], &leaving = plan.problems[kLeaving];
-  entering = whole_problem(plan.entered);
-  leaving = whole_problem(plan.left);
-  if (!select(entering, each_entering, shared) || !select(leaving, each_leaving, shared)) return false;
-  if (!reach_far_enough(lists, segment.window, plan)) return false;
-
-  const uint64_t entering_cut = entering.cut(), leaving_cut = leaving.cut();
-  if (plan.entered) {
-    lists.each_pruned([&](uint64_t rank) {
-      if (rank >= entering_cut) swap_bit(table, number, rank, true);
+#pragma unroll 1
+  for (uint32_t i = kEntering; i <= kLeaving; ++i) {
+    const List list = lists.of(i);
+    const uint64_t cut = shared.cuts[i];
+    if ((i == kEntering ? plan.entered : plan.left) == 0) continue;
+    list.each([&](uint64_t value) {
+      if (value >= cut) swap_bit(table, number, value ^ list.turned, i == kEntering);
     });
   }
-  if (plan.left) {
-    lists.each_kept([&](uint64_t rank) {
-      if (~rank >= leaving_cut) swap_bit(table, number, rank, false);
-    });
-  }
-  const uint64_t entering_bound = find_bound(plan.entered, lists.pruned_count, numel, each_entering, shared);
-  const uint64_t leaving_bound = find_bound(plan.left, lists.kept_count, numel, each_leaving, shared);
   if (threadIdx.x == 0) {
-    const float score = score_at(table, number, threshold);
+    const float score = score_at(table, number, borders.threshold);
+    const uint64_t entering_bound = shared.cuts[kEnteringBound], leaving_bound = shared.cuts[kLeavingBound];
     write_stats(table, number, plan, score, false);
     arm(segment, score, entering_bound, leaving_bound ? ~leaving_bound : 0);
   }
@@ -269,7 +301,10 @@ __device__ void start_rounds(const SwapTable& table, uint32_t number) {
   segment.plan.problems[0] = {0, 0, 64, false};
   segment.tally = {};
   segment.round = 0;
-  atomicAdd(&table.header->cold_segments, 1u);
+  // One addition gives the segment and its tiles their places.
+  auto* const cold = reinterpret_cast<unsigned long long*>(&table.header->counters.cold);
+  const unsigned long long before = atomicAdd(cold, 1ull << 32 | tiles_of(table, number));
+  table.header->cold[before >> 32] = {number, static_cast<uint32_t>(before)};
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ SwapTable table) {
@@ -382,7 +417,10 @@ class Rounds {
         if (!plan.problems[i].decided) count_digit(shared_.histograms[i], plan.problems[i], priority);
       }
     });
-    if (plan.first && lowest) atomic_max(&table_.segments[number].tally.lowest, lowest);
+    if (plan.first) {
+      lowest = largest_of_block(lowest, shared_.largest);
+      if (threadIdx.x == 0) atomic_max(&table_.segments[number].tally.lowest, lowest);
+    }
     __syncthreads();
     for (uint32_t i = 0; i < kProblems; ++i) {
       if (!plan.problems[i].decided) add_histogram(histogram_of(number, i), shared_.histograms[i]);
@@ -469,8 +507,15 @@ class Rounds {
 };
 
 __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(const __grid_constant__ SwapTable table) {
-  if (__ldcg(&table.header->cold_segments) == 0) return;
+  const uint64_t cold = table.header->counters.cold;
+  if (cold == 0) return;
   SelectShared& shared = shared_memory<SelectShared>();
+  if (threadIdx.x == 0) {
+    shared.participants = static_cast<uint32_t>(cold >> 32);
+    shared.tiles = static_cast<uint32_t>(cold);
+  }
+  for (uint32_t i = threadIdx.x; i < cold >> 32; i += blockDim.x)
+    shared.participant[i] = table.header->cold[i];
   Rounds operation(table, shared);
   run_rounds(table, 2 * kRoundsOfProblem + 1, operation, shared);
 }

@@ -8,8 +8,7 @@
 
 namespace jackpot {
 
-// With all of them a table stays below the 32,764 bytes that kernel parameters may take.
-constexpr uint32_t kMaxLayers = 256;
+// With kMaxLayers a table stays below the 32,764 bytes that kernel parameters may take.
 constexpr uint32_t kMaxDims = 5;
 constexpr uint32_t kUpdateTile = 2048;
 constexpr uint32_t kScanTile = 16384;

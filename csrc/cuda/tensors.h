@@ -32,7 +32,8 @@ class Device {
     // The runtime linked into this library keeps a current device of its own.
     check(cudaSetDevice(index_));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
+                    "torch has no stream on cuda:", index_);
     int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index_));
     launch_.stream = static_cast<cudaStream_t>(stream);

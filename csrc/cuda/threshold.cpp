@@ -7,7 +7,7 @@
 namespace jackpot {
 namespace {
 
-std::tuple<Tensor, Tensor> thresholds(const Tensors values, const Tensor num_kept, bool joint) {
+std::tuple<Tensor, Tensor> thresholds(const Tensors& values, const Tensor& num_kept, bool joint) {
   const std::vector<int64_t> sizes = segment_sizes(values, joint);
   const Device device(values[0]);
   const int64_t segments = static_cast<int64_t>(sizes.size());

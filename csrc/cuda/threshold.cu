@@ -55,6 +55,14 @@ class Rounds {
 __global__ void __launch_bounds__(kThreads, 2)
     threshold_kernel(const __grid_constant__ ThresholdTable table) {
   SelectShared& shared = shared_memory<SelectShared>();
+  const uint32_t segments = table.joint ? 1 : table.count;
+  if (threadIdx.x == 0) {
+    shared.participants = segments;
+    shared.tiles = table.tiles;
+  }
+  for (uint32_t i = threadIdx.x; i < segments; i += blockDim.x) {
+    shared.participant[i] = {i, table.layers[i].place.first_tile};
+  }
   Rounds operation(table, shared);
   run_rounds(table, kRoundsOfProblem, operation, shared);
 }

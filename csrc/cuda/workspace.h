@@ -14,12 +14,23 @@ namespace jackpot {
 constexpr uint32_t kDigit = 11;  // bits that one round of a selection decides
 constexpr uint32_t kBins = 1u << kDigit;
 constexpr uint32_t kProblems = 4;
+constexpr uint32_t kMaxLayers = 256;  // of a launch
+
+// A segment that takes part in the rounds over all scores, and the first of its tiles among theirs.
+struct Participant {
+  uint32_t segment, first_tile;
+};
 
 // All are 0 between two launches.
+struct Counters {
+  uint32_t not_finite, blocks_done;  // of the look at the gradients
+  uint32_t ticket, left;             // of the rounds
+  uint64_t cold;                     // segments and, in the lower half, tiles of them
+};
+
 struct Header {
-  uint32_t not_finite, blocks_done;      // of the look at the gradients
-  uint32_t cold_segments, ticket, left;  // of the rounds over all scores
-  uint32_t unused;
+  Counters counters;
+  Participant cold[kMaxLayers];  // as many as are counted
 };
 
 // Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.

@@ -1,4 +1,4 @@
-"""What the masked matmul and the masked convolution share: gradients behind the weight, and registration."""
+"""What the masked matmul and the masked convolution share: the weight's gradients, and registration."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from jackpot_kernels.ops.effective_weight import effective_weight
+from jackpot_kernels.ops.pack_mask import unpack_mask
 
 _LIBRARY = torch.library.Library("jackpot", "FRAGMENT")
 
@@ -45,7 +46,66 @@ def weight_gradients(
     return dweight, torch.mul(grad, weight.float(), out=grad.new_empty(grad.shape, dtype=torch.float32))
 
 
-class _Once(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """An autograd function that is given every argument, by position."""
+
+    @classmethod
+    def apply(cls, *inputs: Any) -> Any:
+        """Do what torch's does, less what only a transform of ``torch.func`` needs.
+
+        Torch reads the signature of ``forward`` and looks for dead wrappers at each call, which takes 17 of
+        28 us of a small convolution, and several times that from cold caches.
+        """
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*inputs)
+        return super(torch.autograd.Function, cls).apply(*inputs)  # type: ignore[misc]
+
+
+class EffectiveWeightFunction(Function):
+    """An effective weight at hand as ``weight * mask`` (Eq. 4), for a library's matmul or convolution.
+
+    All that runs in Python of a dense layer's backward pass is one multiplication.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, scores: Tensor, words: Tensor, made: Tensor) -> Tensor:
+        # Not the tensor itself, which autograd would then take for a view; memory and version are the same.
+        return made.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, _, words, _ = inputs
+        ctx.save_for_backward(weight, words)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, words = ctx.saved_tensors
+        needs_weight, needs_scores, _, _ = ctx.needs_input_grad
+        if not torch.is_grad_enabled():
+            return *weight_gradients(grad, weight, words, needs_weight, needs_scores), None, None
+        # These gradients will be differentiated in their turn.
+        mask = unpack_mask(words, weight.shape)
+        dweight = grad.where(mask, 0).to(weight.dtype) if needs_weight else None
+        return dweight, grad.float() * weight.float() if needs_scores else None, None, None
+
+
+def differentiable(
+    weight: Tensor, scores: Tensor, words: Tensor, made: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return ``weight * mask`` in ``dtype``, with gradients to weight (Eq. 31) and scores (Eq. 6, 18).
+
+    Args:
+        made: that product where it is at hand; otherwise it is made anew.
+    """
+    if made is None:
+        made = effective_weight(weight, words, dtype)
+    if not torch.is_grad_enabled():
+        return made
+    result: Tensor = EffectiveWeightFunction.apply(weight, scores, words, made)
+    return result
+
+
+class _Once(Function):
     """The first ``count`` tensors as they are; nobody may differentiate them."""
 
     @staticmethod
@@ -59,7 +119,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
-            f'{ctx.name} can be differentiated only once; backend="reference" has second derivatives'
+            f'{ctx.name} can be differentiated only once; backend="dense" has second derivatives'
         )
 
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Gradients, cast_weight, once, register, weight_gradients
+from jackpot_kernels.ops.masked import (
+    Function,
+    Gradients,
+    cast_weight,
+    once,
+    register,
+    weight_gradients,
+)
 
 
 class Geometry(NamedTuple):
@@ -221,10 +228,9 @@ def masked_conv_backward(
     return KERNELS[backend][1](grad, x, weight, words, effective_weight, geometry, needs)
 
 
-class MaskedConvFunction(torch.autograd.Function):
+class MaskedConvFunction(Function):
     """``masked_conv`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
 
-    # `apply` binds every named argument of `forward` at each call, which can cost more than the matmul.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return masked_conv(*inputs)

@@ -1,7 +1,8 @@
 """The masked matmul as an operator and as an autograd function.
 
 The function calls the kernels, not the operator made of them: the way through the dispatcher and back costs a
-small layer more than its matmul, and Inductor or a FLOP counter would see one closed box.
+small layer more than its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul needs
+no function of its own: it is the library's, of an effective weight that has gradients (`ops/masked.py`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Gradients, cast_weight, once, register, weight_gradients
+from jackpot_kernels.ops.masked import (
+    Function,
+    Gradients,
+    cast_weight,
+    once,
+    register,
+    weight_gradients,
+)
 
 
 def _dense(
@@ -128,10 +136,9 @@ def masked_linear_backward(
     return KERNELS[backend][1](grad, x, weight, words, effective_weight, needs)
 
 
-class MaskedLinearFunction(torch.autograd.Function):
+class MaskedLinearFunction(Function):
     """``masked_linear`` and its gradients to x, weight (Eq. 31), scores (Eq. 6, 18) and bias."""
 
-    # `apply` binds every named argument of `forward` at each call, which can cost more than the matmul.
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         return masked_linear(*inputs)

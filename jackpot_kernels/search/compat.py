@@ -1,4 +1,4 @@
-"""The swap as the authors' released code makes it, where it differs from the paper."""
+"""The step as the authors' released code makes it, where it differs from the paper."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jackpot_kernels.ops.swap import swap_
+from jackpot_kernels.ops.search_step import search_step_
 from jackpot_kernels.ops.threshold import threshold
 
 COMPAT = ("authors",)
@@ -15,24 +15,27 @@ COMPAT = ("authors",)
 AUTHORS = "compat=authors"
 
 
-def swap_unless_tied_(
+def search_step_unless_tied_(
     scores: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
     words: Sequence[Tensor],
+    hyper: Tensor,
     num_kept: Tensor,
     *args: Any,
     joint: bool,
     **options: Any,
 ) -> Tensor:
-    """Do as ``swap_`` does, but swap nothing in a segment whose scores tie at the threshold.
+    """Do as ``search_step_`` does, but swap nothing in a segment whose scores tie at the threshold.
 
     The released code counts leaving weights as those at or below the (K+1)-th highest score and entering ones
     as those above it. When the K-th equals the (K+1)-th these counts differ, and it drops every swap of the
     layer.
 
-    Args and Returns are those of ``swap_``; ``num_kept`` does not fall. This waits for the device.
+    Args and Returns are those of ``search_step_``; ``num_kept`` does not fall. This waits for the device.
     """
     before = [mask.clone() for mask in words]
-    stats = swap_(scores, words, num_kept, *args, joint=joint, **options)
+    stats = search_step_(scores, momenta, grads, words, hyper, num_kept, *args, joint=joint, **options)
     tied = _tied(scores, num_kept[:, 0], joint)
     stats[tied, 1:3] = 0
     for i in range(len(scores)):

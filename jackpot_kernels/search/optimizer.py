@@ -16,9 +16,9 @@ from jackpot_kernels._validate import require_choice
 from jackpot_kernels.budgets import num_pruned, scale_budget
 from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
-from jackpot_kernels.ops.score_update import score_update_
-from jackpot_kernels.ops.swap import PAIRS, new_workspace, swap_
-from jackpot_kernels.search.compat import AUTHORS, COMPAT, swap_unless_tied_
+from jackpot_kernels.ops.search_step import search_step_
+from jackpot_kernels.ops.swap import PAIRS, new_workspace
+from jackpot_kernels.search.compat import AUTHORS, COMPAT, search_step_unless_tied_
 from jackpot_kernels.search.schedule import Schedule, constant, ramp_table, rate_table, step_table
 
 SCOPES = ("layer", "global")
@@ -159,6 +159,7 @@ class SRPopup(torch.optim.Optimizer):
         # What a captured step writes, which stays when an ordinary step comes in between.
         self._captured_stats = self._stats
         self._captured_effective: list[Tensor | None] = []
+        self._captured_words: list[Tensor] | None = None
         self._words: list[Tensor] = []
         self._versions: list[int] = []
         self._calls = self.steps
@@ -184,35 +185,26 @@ class SRPopup(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._write_hyper()
-        search, layers = self._search, self._layers.values()
-        score_update_(
+        search = self._search
+        kept = [layer.patchable_effective_weight for layer in self._layers.values()]
+        step = search_step_unless_tied_ if search["schedule"] == AUTHORS else search_step_
+        self._stats = step(
             self._scores,
             self._momenta,
             self._gradients(),
             words,
             self._hyper,
-            search["control"],
-            found_inf=self._found_inf(),
-            workspace=self._workspace,
-            joint=self._joint,
-        )
-        kept = [layer.patchable_effective_weight for layer in layers]
-        swap = swap_unless_tied_ if search["schedule"] == AUTHORS else swap_
-        self._stats = swap(
-            self._scores,
-            words,
             search["num_kept"],
             search["table"],
             search["control"],
             weights=[parameters["weight"] for parameters, _ in self._tensors],
             effective=[self._no_tensor if weight is None else weight for weight in kept],
+            found_inf=self._found_inf(),
             joint=self._joint,
             pairs=search["pairs"],
             seed=search["seed"],
             workspace=self._workspace,
         )
-        for layer in layers:
-            layer.mark_patched()
         self._watch(words)
         self._calls += 1
         return loss
@@ -228,16 +220,21 @@ class SRPopup(torch.optim.Optimizer):
         try:
             yield
             self._captured_stats, self._captured_effective = self._stats, self._cached()
+            self._captured_words = self._present_words()
         finally:
             self._calls, self._stats = calls, stats
 
     @property
     def is_captured(self) -> bool:
-        """Whether a captured step patches the effective weights that the layers hold now.
+        """Whether a captured step writes to the masks and effective weights that the layers hold now.
 
-        It does not when they were built anew since, in another dtype or for another mask.
+        It does not when they were built anew since, in another dtype or for another mask, nor when
+        ``load_state_dict`` gave the optimizer other memory.
         """
-        return all(map(operator.is_, self._cached(), self._captured_effective))
+        if self._captured_words is None:
+            return False
+        written = (*self._captured_words, *self._captured_effective)
+        return all(map(operator.is_, (*self._present_words(), *self._cached()), written))
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -253,11 +250,12 @@ class SRPopup(torch.optim.Optimizer):
         effective = [weight for weight in self._captured_effective if weight is not None]
         written = (*self._scores, *self._momenta, *words, *effective)
         torch.autograd.graph.increment_version(written)
-        for layer in self._layers.values():
-            layer.mark_patched()
         self._watch(words)
         self._stats = self._captured_stats
         self._calls += 1
+
+    def _present_words(self) -> list[Tensor]:
+        return [buffers["mask_words"] for _, buffers in self._tensors]
 
     def _cached(self) -> list[Tensor | None]:
         return [layer.cached_effective_weight for layer in self._layers.values()]
@@ -342,7 +340,7 @@ class SRPopup(torch.optim.Optimizer):
             if children.get(key) is not child:
                 raise RuntimeError(f"module {path!r} must be the one the optimizer was made for, got another")
         scores = [parameters["scores"] for parameters, _ in self._tensors]
-        words = [buffers["mask_words"] for _, buffers in self._tensors]
+        words = self._present_words()
         same = all(map(operator.is_, scores, self._scores)) and all(map(operator.is_, words, self._words))
         if not same or list(map(_version_of, words)) != self._versions:
             self._require_same_scores(scores)
@@ -412,22 +410,23 @@ class SRPopup(torch.optim.Optimizer):
     def _write_hyper(self) -> None:
         """Write the rows that the update reads, unless they stand there already.
 
-        Learning rates and loss scales that are tensors are used where they are, without waiting for them.
+        Learning rates and loss scales that are tensors on the scores' device are used where they are. Numbers
+        are filled in, for a copy from the host's memory would wait for the device.
         """
         rows: list[tuple[float, ...]] = []
         tensor_lrs = []
         for i, group in enumerate(self.param_groups):
             lr, momentum, weight_decay, nesterov, step_scale = _hyper_of(group)
-            if isinstance(lr, Tensor):
+            if isinstance(lr, Tensor) and lr.device.type == self._device.type:
                 tensor_lrs.append((i, lr, step_scale))
-                lr = 0.0
-            rows.append((lr * step_scale, momentum, weight_decay, float(nesterov), 1.0))
+                lr = -1.0  # no number, not even 0, is what stands there
+            rows.append((float(lr) * step_scale, momentum, weight_decay, float(nesterov), 1.0))
         grad_scale = getattr(self, "grad_scale", None)
         outdated = rows != self._group_rows or (self._scaled and grad_scale is None)
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:
-            self._group_hyper.copy_(torch.tensor(rows))
+            self._fill_rows(rows)
             self._group_rows, self._scaled = rows, False
         for i, lr, step_scale in tensor_lrs:
             self._group_hyper[i, 0] = lr.double().squeeze() * step_scale
@@ -435,6 +434,15 @@ class SRPopup(torch.optim.Optimizer):
             self._group_hyper[:, 4] = grad_scale.double().reciprocal()
             self._scaled = True
         torch.index_select(self._group_hyper, 0, self._group_of_layer, out=self._hyper)
+
+    def _fill_rows(self, rows: list[tuple[float, ...]]) -> None:
+        for i, row in enumerate(rows):
+            before = self._group_rows[i] if self._group_rows else (None,) * len(row)
+            for j, value in enumerate(row):
+                if value != before[j]:
+                    self._group_hyper[i, j].fill_(value)
+        if self._scaled:
+            self._group_hyper[:, 4].fill_(1.0)
 
 
 def _require_seed(seed: Any) -> None:

@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -40,7 +41,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_host {
 
-enum class Meeting { kNone, kBarrier, kBarrierOr, kAny, kShuffleUp, kSum };
+enum class Meeting { kNone, kBarrier, kBarrierOr, kAny, kShuffleUp, kSum, kMost };
 
 extern unsigned resident_blocks;  // that run by turns; the next one starts when one ends
 extern bool backwards;            // threads of a block run from the last to the first
@@ -81,6 +82,10 @@ inline unsigned __reduce_add_sync(unsigned lanes, unsigned value) {
   for (int i = 0; i < 32; ++i) sum += static_cast<unsigned>(all[i]);
   return sum;
 }
+inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
+  const uint64_t* const all = cuda_host::meet_in_warp(cuda_host::Meeting::kMost, lanes, value);
+  return static_cast<unsigned>(*std::max_element(all, all + 32));
+}
 inline void __nanosleep(unsigned) { cuda_host::yield(); }
 inline void __threadfence() {}
 
@@ -113,6 +118,14 @@ T atomicMax(T* at, T value) {
 template <class T>
 T __ldcg(const T* from) {
   return *from;
+}
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clzll(unsigned long long bits) { return bits ? __builtin_clzll(bits) : 64; }

@@ -181,9 +181,8 @@ void search() {
     table.stats = stats.data();
     require(swap(launch, swaps, table, all) == cudaSuccess, "swap failed");
 
-    const Header* const header = all.header();
-    require(!header->ticket && !header->left && !header->cold_segments && !header->blocks_done &&
-                !header->not_finite,
+    const Counters& left = all.header()->counters;
+    require(!left.ticket && !left.left && !left.cold && !left.blocks_done && !left.not_finite,
             "a counter was not reset");
     control.write();
     stats.write();
