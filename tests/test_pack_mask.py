@@ -24,6 +24,11 @@ def test_equals_numpy_and_comes_back(shape: list[int], seed: int) -> None:
     assert torch.equal(unpack_mask(words, shape), reference.unpack_mask(words, shape))
 
 
+def test_any_byte_but_zero_is_true() -> None:
+    mask = torch.arange(256, dtype=torch.uint8).view(torch.bool)
+    assert pack_mask(mask).tolist() == [-2] + 7 * [-1]
+
+
 def test_large_enough_for_several_threads() -> None:
     mask = torch.rand(3, 1_000_003) < 0.1
     assert pack_mask(mask).numpy().tolist() == packed(mask.numpy()).tolist()

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 #include "parallel.h"
 #include "segments.h"
@@ -24,15 +26,33 @@ void each_word(int64_t numel, const Body& body) {
   });
 }
 
+constexpr uint64_t kEachByte = 0x0101010101010101;
+
+// Eight bools as bits: a multiplication brings the lowest bit of byte i to bit 56 + i.
+uint32_t bits_of(const uint8_t* bools) {
+  uint64_t bytes;
+  memcpy(&bytes, bools, sizeof bytes);
+  // Any other value than 0 is true.
+  bytes = ((bytes | ((bytes & 0x7f * kEachByte) + 0x7f * kEachByte)) >> 7) & kEachByte;
+  return static_cast<uint32_t>(bytes * 0x0102040810204080 >> 56);
+}
+
+// Eight bits as bools: byte i keeps bit i of its copy, and adding 0x7f carries it into the highest.
+void put_bools(uint64_t bits, uint8_t* bools) {
+  const uint64_t bytes = (((bits * kEachByte & 0x8040201008040201) + 0x7f * kEachByte) >> 7) & kEachByte;
+  memcpy(bools, &bytes, sizeof bytes);
+}
+
 Tensor pack_mask(const Tensor& mask) {
   require_cpu(mask, ScalarType::Bool, "mask");
   Tensor words = torch::stable::new_empty(mask, {(mask.numel() + 31) / 32}, ScalarType::Int);
   const uint8_t* const bools = static_cast<const uint8_t*>(mask.data_ptr());
   uint32_t* const out = static_cast<uint32_t*>(words.data_ptr());
   each_word(mask.numel(), [&](int64_t word, int64_t first, int64_t count) {
-    uint32_t bits = 0;
-    for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint32_t>(bools[first + i] != 0) << i;
-    out[word] = bits;
+    uint8_t padded[32] = {};
+    if (count < 32) memcpy(padded, bools + first, count);
+    const uint8_t* const from = count < 32 ? padded : bools + first;
+    out[word] = bits_of(from) | bits_of(from + 8) << 8 | bits_of(from + 16) << 16 | bits_of(from + 24) << 24;
   });
   return words;
 }
@@ -45,7 +65,9 @@ Tensor unpack_mask(const Tensor& words, const std::vector<int64_t>& shape) {
   const uint32_t* const in = static_cast<const uint32_t*>(words.data_ptr());
   uint8_t* const bools = static_cast<uint8_t*>(mask.data_ptr());
   each_word(mask.numel(), [&](int64_t word, int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) bools[first + i] = in[word] >> i & 1;
+    uint8_t whole[32];
+    for (int64_t i = 0; i < 4; ++i) put_bools(in[word] >> 8 * i & 0xff, whole + 8 * i);
+    memcpy(bools + first, whole, count);
   });
   return mask;
 }
