@@ -1,17 +1,20 @@
 """The search step on a GPU: ``python -m benchmarks.bench_cuda_search_step`` prints a table and stores it.
 
-Times are medians of rounds in which all contenders take turns, each after the L2 cache was written over. CUDA
-events stand around the replay of a graph, or the call of a contender that waits for the host. The floor
-is the bytes that an update must move at the copy bandwidth measured in the same run.
+Contenders take turns, round by round, each with a cold L2 cache that holds nothing to write back. CUDA events
+stand around the replay of a graph, or the call of a contender that waits for the host. Medians are of warm
+steps in the middle of a search; means show the rare steps that scan a layer again. A floor is the bytes of an
+update at the copy bandwidth measured in the same run.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,13 +24,17 @@ from benchmarks.baselines import authors_step, compiled_step, eager_step, exact_
 from benchmarks.checks import require_same_state, require_same_swaps
 from benchmarks.harness import facts
 from benchmarks.paper.runs import commit
-from benchmarks.searches import Search, State
+from benchmarks.searches import TOTAL_STEPS, WARM_STEPS, Search, State
 from benchmarks.shapes import NETWORKS, TINY
 from jackpot_kernels.ops.score_update import score_update_
 from jackpot_kernels.ops.swap import new_workspace, swap_
 
-# Gradient, weight, score and momentum read, score and momentum written, and a bit of the mask.
-BYTES_PER_WEIGHT = 24.125
+# Gradient, score, momentum and a bit of the mask read, score and momentum written; and, as the targets count,
+# the weight, which our update does not read. The look for NaN, which may find gradients in L2, is in neither.
+BYTES_PER_WEIGHT = {"floor of 20.125 B": 20.125, "floor of 24.125 B": 24.125}
+# Rounds before those that count, in which the windows around the thresholds find their width.
+WARM_ROUNDS = 10
+MOST_ROUNDS = TOTAL_STEPS - WARM_STEPS - WARM_ROUNDS - 10
 RESULTS = Path(__file__).parent / "results"
 
 Call = Callable[[], object]
@@ -55,9 +62,8 @@ class Ours:
             s.scores, s.momenta, self.gradients, s.masks, s.hyper, s.control, workspace=self.workspace
         )
 
-    def step(self) -> None:
+    def swap(self) -> None:
         s = self.state
-        self.update()
         self.stats = swap_(
             s.scores,
             s.masks,
@@ -69,14 +75,18 @@ class Ours:
             workspace=self.workspace,
         )
 
+    def step(self) -> None:
+        self.update()
+        self.swap()
 
-def graphed(call: Call) -> Call:
-    """Return the replay of a graph of ``call``, which runs a few times first; nothing runs at the capture."""
+
+def graphed(call: Call, warm_up: Call | None = None) -> Call:
+    """Return the replay of a graph of ``call``; it, or ``warm_up`` in its place, runs a few times first."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(3):
-            call()
+            (warm_up or call)()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -139,13 +149,20 @@ def timed(call: Call) -> float:
 
 
 def launches(call: Call) -> int:
-    """Return how many kernels run in a call."""
+    """Return how many nodes a graph of a call has: kernels, and copies and fills."""
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
         call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.device_time_total > 0)
+    count = ctypes.c_size_t()
+    # A profiler would do, too, but is not to be had on every machine.
+    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(
+        ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
+    )
+    if error:
+        raise RuntimeError(f"cuGraphGetNodes must return 0, got {error}")
+    return count.value
 
 
 def ready(key: str, make: Callable[[], Call]) -> Call | None:
@@ -162,69 +179,130 @@ def ready(key: str, make: Callable[[], Call]) -> Call | None:
     return call
 
 
-def measure(name: str, rounds: int, bandwidth: float, *, compiled: bool) -> dict[str, float]:
-    """Return medians in seconds, ratios and counts for one network, ``compiled`` contenders among them."""
-    torch.compiler.reset()
-    search = Search((NETWORKS | TINY)[name])
-    gradients = [gradient.cuda() for gradient in search.gradients]
-    start = to_device(search.state())
+def take_turns(
+    contenders: Mapping[str, Call], rounds: int, *, prepare: Call, afterwards: Mapping[str, Call]
+) -> dict[str, list[float]]:
+    """Return the seconds that each contender took, round by round.
 
-    def refill() -> None:
-        search.draw_gradients()
-        for to, gradient in zip(gradients, search.gradients, strict=True):
+    Args:
+        prepare: called before each round.
+        afterwards: called after the contender of that name, untimed.
+    """
+    # What is only read drives out what was written before, and need not be written back itself. It takes the
+    # device longer than the host takes to launch the call.
+    ballast = torch.zeros(2**28, device="cuda")
+    seconds: dict[str, list[float]] = {key: [] for key in contenders}
+    for _ in range(WARM_ROUNDS + rounds):
+        prepare()
+        for key, call in contenders.items():
+            ballast.sum()
+            seconds[key].append(timed(call))
+            if key in afterwards:
+                afterwards[key]()
+    return {key: times[WARM_ROUNDS:] for key, times in seconds.items()}
+
+
+def averages(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the median and the mean of each contender."""
+    return {
+        f"{key} {mean}s": average(times)
+        for key, times in seconds.items()
+        for mean, average in (("", statistics.median), ("mean ", statistics.mean))
+    }
+
+
+class Contest:
+    """The contenders on one network, each with a state of its own that starts in the middle of a search."""
+
+    def __init__(self, name: str) -> None:
+        self._search = Search((NETWORKS | TINY)[name])
+        self.gradients = [gradient.cuda() for gradient in self._search.gradients]
+        self.start = to_device(self._search.state())
+        ours, expected = self.ours(), self.start.copy()
+        for _ in range(3):
+            self.refill()
+            ours.step()
+            exact_step(expected, self.gradients)
+            require_same_state(ours.state, expected)
+
+    def ours(self) -> Ours:
+        return Ours(self.start.copy(), self.gradients)
+
+    def refill(self) -> None:
+        """Write the gradients of the next step."""
+        self._search.draw_gradients()
+        for to, gradient in zip(self.gradients, self._search.gradients, strict=True):
             to.copy_(gradient)
 
-    ours, expected = Ours(start.copy(), gradients), start.copy()
-    for _ in range(3):
-        refill()
-        ours.step()
-        exact_step(expected, gradients)
-        require_same_state(ours.state, expected)
-    check_sync_free_step(start, gradients)
-    kernels = launches(ours.step)
-    update_only = Ours(start.copy(), gradients)
+    def time(
+        self, makers: Mapping[str, Callable[[], Call]], rounds: int, afterwards: Mapping[str, Call]
+    ) -> dict[str, list[float]]:
+        """Return the seconds of those contenders that can be made."""
+        contenders = {key: call for key, make in makers.items() if (call := ready(key, make))}
+        return take_turns(contenders, rounds, prepare=self.refill, afterwards=afterwards)
+
+
+def ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return each contender's median over that of our step."""
+    step = statistics.median(seconds["step"])
+    others = (key for key in seconds if key not in ("update", "step"))
+    return {f"{key} / step": statistics.median(seconds[key]) / step for key in others}
+
+
+def measure(contest: Contest, rounds: int, bandwidth: float) -> dict[str, float]:
+    """Return our times in seconds, against the floors and all that need not be compiled."""
+    ours, halves = contest.ours(), contest.ours()
+    start, gradients = contest.start, contest.gradients
     scores, kept = start.copy().scores, start.num_kept[:, 0].tolist()
-    makers: dict[str, Callable[[], Call]] = {
-        "update": lambda: graphed(update_only.update),
-        "step": lambda: graphed(ours.step),
-        "eager": lambda: eager_step(start.copy(), gradients),
-        "compile": lambda: compiled_step(start.copy(), gradients),
-        "compile, no sync, graphed": lambda: graphed(
-            torch.compile(sync_free_step(start.copy(), gradients), dynamic=False)
-        ),
-        "authors": lambda: authors_step(start.copy(), gradients),
-        "torch.topk": lambda: graphed(
-            lambda: [s.view(-1).topk(k) for s, k in zip(scores, kept, strict=True)]
-        ),
-        "torch.sort": lambda: graphed(lambda: [s.view(-1).sort(descending=True) for s in scores]),
-    }
-    wanted = {key: make for key, make in makers.items() if compiled or not key.startswith("compile")}
-    contenders = {key: call for key, make in wanted.items() if (call := ready(key, make))}
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    seconds: dict[str, list[float]] = {key: [] for key in contenders}
-    cold: list[float] = []
-    for _ in range(rounds):
-        refill()
-        for key, call in contenders.items():
-            # The device is still busy with the flush when the host has launched the call.
-            torch.cuda.synchronize()
-            flush.zero_()
-            seconds[key].append(timed(call))
-        cold.append(ours.stats[:, 4].double().mean().item())
-    median = {key: statistics.median(times) for key, times in seconds.items()}
-    floor = sum(s.numel() for s in scores) * BYTES_PER_WEIGHT / bandwidth
-    ratios = {
-        f"{key} / step": median[key] / median["step"] for key in contenders if key not in ("update", "step")
+    scanned: list[Tensor] = []
+    seconds = contest.time(
+        {
+            # Between two updates comes a swap, so that each emits candidates as in a search.
+            "update": lambda: graphed(halves.update, warm_up=halves.step),
+            "step": lambda: graphed(ours.step),
+            "eager": lambda: eager_step(start.copy(), gradients),
+            "authors": lambda: authors_step(start.copy(), gradients),
+            "torch.topk": lambda: graphed(
+                lambda: [s.view(-1).topk(k) for s, k in zip(scores, kept, strict=True)]
+            ),
+            "torch.sort": lambda: graphed(lambda: [s.view(-1).sort(descending=True) for s in scores]),
+        },
+        rounds,
+        {"update": halves.swap, "step": lambda: scanned.append(ours.stats[:, 4].sum())},
+    )
+    floors = {
+        key: sum(s.numel() for s in scores) * each / bandwidth for key, each in BYTES_PER_WEIGHT.items()
     }
     return {
-        "floor s": floor,
-        **{f"{key} s": value for key, value in median.items()},
-        "update / floor": median["update"] / floor,
-        "step / floor": median["step"] / floor,
-        **ratios,
-        "launches in a step": kernels,
-        "share of cold layers": statistics.mean(cold),
+        **{f"{key} s": floor for key, floor in floors.items()},
+        **averages(seconds),
+        **{
+            f"{key} / {name}": statistics.median(seconds[key]) / floor
+            for key in ("update", "step")
+            for name, floor in floors.items()
+        },
+        **ratios(seconds),
+        "layers": len(scores),
+        "layers scanned again in a step": torch.stack(scanned[WARM_ROUNDS:]).double().mean().item(),
     }
+
+
+def measure_compiled(contest: Contest, rounds: int) -> dict[str, float]:
+    """Return the times of what torch.compile makes, and their ratios to our step in the same rounds."""
+    torch.compiler.reset()
+    ours, start, gradients = contest.ours(), contest.start, contest.gradients
+
+    def graphed_without_sync() -> Call:
+        check_sync_free_step(start, gradients)
+        return graphed(torch.compile(sync_free_step(start.copy(), gradients), dynamic=False))
+
+    makers = {
+        "step": lambda: graphed(ours.step),
+        "compile": lambda: compiled_step(start.copy(), gradients),
+        "compile, no sync, graphed": graphed_without_sync,
+    }
+    seconds = contest.time(makers, rounds, {})
+    return {**averages({key: seconds[key] for key in seconds if key != "step"}), **ratios(seconds)}
 
 
 def report(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -262,27 +340,29 @@ def store(name: str, results: Mapping[str, Mapping[str, float]], output: Path, *
 def measure_all(
     name: str,
     networks: Iterable[str],
-    measure: Callable[[str], dict[str, float]],
+    measures: Mapping[str, Callable[[str], dict[str, float]]],
     options: argparse.Namespace,
     **measured: float,
 ) -> int:
-    """Measure networks one after the other, print the table, and return the exit code.
+    """Measure networks, print the table, and return the exit code.
 
-    What is done is stored after each network; one that fails is named, and the others are measured.
+    Every network has had the first of ``measures`` before any has the next. What is done is stored at once;
+    what fails is named, and the others go on, but for those of a network whose first one failed.
     """
     results: dict[str, dict[str, float]] = {}
     failed = False
-    for network in networks:
-        print(f"{network} ...", file=sys.stderr, flush=True)
-        try:
-            results[network] = measure(network)
-        except Exception:
-            traceback.print_exc()
-            print(f"{network} is left out", file=sys.stderr, flush=True)
-            failed = True
-            continue
-        if not options.quick:
-            store(name, results, options.output, **measured)
+    for number, (what, measure) in enumerate(measures.items()):
+        for network in list(results) if number else networks:
+            print(f"{network}, {what} ...", file=sys.stderr, flush=True)
+            try:
+                results[network] = results.get(network, {}) | measure(network)
+            except Exception:
+                traceback.print_exc()
+                print(f"{network}, {what} is left out", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            if not options.quick:
+                store(name, results, options.output, **measured)
     told = [torch.cuda.get_device_name(), *(f"{fact} {value:.4g}" for fact, value in measured.items())]
     print(f"{', '.join(told)}\n{report(results)}")
     return int(failed)
@@ -308,17 +388,21 @@ def main() -> int:
         "--no-compile", action="store_true", help="leave out what torch.compile makes, which takes minutes"
     )
     options = parser.parse_args()
+    if not 1 <= options.rounds <= MOST_ROUNDS:
+        parser.error(f"--rounds must be in [1, {MOST_ROUNDS}], got {options.rounds}")
     if not torch.cuda.is_available():
         sys.exit("bench_cuda_search_step needs a CUDA device")
     bandwidth = copy_bandwidth()
+    contest = cache(Contest)
+    measures: dict[str, Callable[[str], dict[str, float]]] = {
+        "kernels": lambda name: measure(contest(name), options.rounds, bandwidth),
+        "launches": lambda name: {"launches in a step": launches(contest(name).ours().step)},
+        "compile": lambda name: measure_compiled(contest(name), options.rounds),
+    }
+    if options.no_compile:
+        del measures["compile"]
     names = TINY if options.quick else options.networks
-    return measure_all(
-        "cuda_search_step",
-        names,
-        lambda name: measure(name, options.rounds, bandwidth, compiled=not options.no_compile),
-        options,
-        **{"copy bandwidth B/s": bandwidth},
-    )
+    return measure_all("cuda_search_step", names, measures, options, **{"copy bandwidth B/s": bandwidth})
 
 
 if __name__ == "__main__":

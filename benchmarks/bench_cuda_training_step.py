@@ -2,8 +2,8 @@
 
 Forward, loss, backward and ``SRPopup.step`` in one CUDA graph, against the same network trained densely by
 torch's fused SGD in another. Both autocast to bfloat16 in channels_last and copy a batch into their graph.
-Times are medians of rounds in which the two take turns, each with some steps in a row as in training, where
-the host is ahead of the device.
+The two take turns, round by round, each with some steps in a row as in training, where the host is ahead of
+the device.
 """
 
 import statistics
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jackpot_kernels as jk
-from benchmarks.bench_cuda_search_step import graphed, make_parser, measure_all, timed
+from benchmarks.bench_cuda_search_step import averages, graphed, make_parser, measure_all, timed
 from benchmarks.paper.runs import build
 from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
 from jackpot_kernels.search import GraphedStep
@@ -59,14 +59,13 @@ def dense_step(model: nn.Module, x: Tensor, labels: Tensor) -> Step:
     return call
 
 
-def search_step(model: nn.Module, total_steps: int) -> Step:
+def search_step(model: nn.Module, optimizer: jk.SRPopup) -> Step:
     """Return the step as ``jackpot search`` takes it."""
-    optimizer = jk.SRPopup(model, LR, MOMENTUM, WEIGHT_DECAY, total_steps=total_steps)
     return GraphedStep(optimizer, lambda x, labels: loss_of(model, x, labels))
 
 
 def measure(network: str, size: int, batch: int, classes: int, rounds: int) -> dict[str, float]:
-    """Return medians in seconds and their ratio."""
+    """Return times in seconds and their ratio."""
     torch.manual_seed(0)
     dense = build(network).cuda().to(memory_format=torch.channels_last).train()
     channels = next(m for m in dense.modules() if isinstance(m, nn.Conv2d)).in_channels
@@ -77,21 +76,29 @@ def measure(network: str, size: int, batch: int, classes: int, rounds: int) -> d
     weights = {name: layer.weight.clone() for name, layer in jk.masked_layers(searched).items()}
     warm_up = 10
     total_steps = warm_up + rounds * STEPS
-    steps = {"search": search_step(searched, total_steps), "dense": dense_step(dense, x, labels)}
+    optimizer = jk.SRPopup(searched, LR, MOMENTUM, WEIGHT_DECAY, total_steps=total_steps)
+    steps = {"search": search_step(searched, optimizer), "dense": dense_step(dense, x, labels)}
     for _ in range(warm_up):
         for step in steps.values():
             step(x, labels)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    scanned: list[Tensor] = []
     for _ in range(rounds):
         for name, step in steps.items():
             torch.cuda.synchronize()
             several = timed(lambda step=step: [step(x, labels) for _ in range(STEPS)])
             seconds[name].append(several / STEPS)
+        scanned.append(optimizer._stats[:, 4].sum())
     for name, layer in jk.masked_layers(searched).items():
         assert torch.equal(layer.weight, weights[name]), f"weight of {name} must keep its bits"
-    median = {f"{name} s": statistics.median(times) for name, times in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["search"], seconds["dense"], strict=True)]
-    return {**median, "search / dense": statistics.median(ratios)}
+    return {
+        **averages(seconds),
+        "search / dense": statistics.median(ratios),
+        "layers": len(weights),
+        "layers scanned again in a step": torch.stack(scanned).double().mean().item(),
+        "steps skipped": optimizer.skipped_steps,
+    }
 
 
 def main() -> int:
@@ -99,9 +106,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.exit("bench_cuda_training_step needs a CUDA device")
     networks = TINY if options.quick else {name: NETWORKS[name] for name in options.networks}
-    return measure_all(
-        "cuda_training_step", networks, lambda name: measure(*networks[name], options.rounds), options
-    )
+    measures = {"training": lambda name: measure(*networks[name], options.rounds)}
+    return measure_all("cuda_training_step", networks, measures, options)
 
 
 if __name__ == "__main__":

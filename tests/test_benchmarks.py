@@ -420,18 +420,30 @@ def test_a_network_that_fails_on_a_gpu_takes_no_other_along(monkeypatch, tmp_pat
     monkeypatch.setattr(bench_cuda_search_step, "commit", lambda: "abc")
     options = argparse.Namespace(quick=False, output=tmp_path)
 
+    calls = []
+
     def measure(network: str) -> dict[str, float]:
+        calls.append(network)
         if network == "bad":
             raise RuntimeError("no room")
         return {"step s": 2.0}
 
-    code = bench_cuda_search_step.measure_all("x", ["bad", "good"], measure, options, bandwidth=3.0)
+    def compiled(network: str) -> dict[str, float]:
+        calls.append(f"compiled {network}")
+        if network == "odd":
+            raise RuntimeError("no compiler")
+        return {"compile s": 4.0}
+
+    measures = {"kernels": measure, "compile": compiled}
+    code = bench_cuda_search_step.measure_all("x", ["bad", "odd", "good"], measures, options, bandwidth=3.0)
     assert code == 1
+    assert calls == ["bad", "odd", "good", "compiled odd", "compiled good"]
     told = capsys.readouterr()
     assert told.out.startswith("Some GPU, bandwidth 3\n") and "good" in told.out
-    assert "RuntimeError: no room" in told.err and "bad is left out" in told.err
+    assert "RuntimeError: no room" in told.err and "bad, kernels is left out" in told.err
+    assert "RuntimeError: no compiler" in told.err and "odd, compile is left out" in told.err
     record = json.loads((tmp_path / "some-gpu" / "x.json").read_text())
-    assert record["results"] == {"good": {"step s": 2.0}}
+    assert record["results"] == {"odd": {"step s": 2.0}, "good": {"step s": 2.0, "compile s": 4.0}}
     assert record["commit"] == "abc" and record["bandwidth"] == 3.0
 
 
@@ -445,3 +457,47 @@ def test_a_contender_that_fails_on_a_gpu_is_left_out(monkeypatch, capsys):
     assert "torch.topk is left out: RuntimeError: not captured" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="not captured"):
         bench_cuda_search_step.ready("step", lambda: fails)
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> None:
+    """Let contenders take turns here, each call as long as the next of ``seconds`` says."""
+
+    def timed(call: Callable[[], object]) -> float:
+        call()
+        return seconds.pop(0)
+
+    monkeypatch.setattr(bench_cuda_search_step, "timed", timed)
+    monkeypatch.setattr(bench_cuda_search_step, "WARM_ROUNDS", 2)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+
+
+def test_rounds_on_a_gpu_begin_with_some_that_do_not_count(monkeypatch):
+    on_the_cpu(monkeypatch, [9.0] * 4 + [1.0, 4.0, 1.0, 5.0, 7.0, 6.0])
+    calls: list[str] = []
+    seconds = bench_cuda_search_step.take_turns(
+        {"ours": lambda: calls.append("ours"), "other": lambda: calls.append("other")},
+        3,
+        prepare=lambda: calls.append("prepare"),
+        afterwards={"ours": lambda: calls.append("after ours")},
+    )
+    assert calls == ["prepare", "ours", "after ours", "other"] * 5
+    assert seconds == {"ours": [1.0, 1.0, 7.0], "other": [4.0, 5.0, 6.0]}
+    averages = bench_cuda_search_step.averages(seconds)
+    assert averages == {"ours s": 1.0, "ours mean s": 3.0, "other s": 5.0, "other mean s": 5.0}
+
+
+def test_update_timed_on_a_gpu_emits_the_candidates_of_its_swap(monkeypatch):
+    search = Search([(64, 64, 3, 3)])
+    ours = bench_cuda_search_step.Ours(search.state(), search.gradients)
+    scanned: list[int] = []
+
+    def swap() -> None:
+        ours.swap()
+        scanned.append(int(ours.stats[0, 4]))
+
+    on_the_cpu(monkeypatch, [1.0] * 22)
+    ours.step()
+    bench_cuda_search_step.take_turns(
+        {"update": ours.update}, 20, prepare=search.draw_gradients, afterwards={"update": swap}
+    )
+    assert sum(scanned[2:]) <= 5

@@ -4,15 +4,20 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import test_swap
 import torch
+from test_search_step import one_call
 from torch import Tensor, nn
 
 import jackpot_kernels as jk
 from benchmarks.shapes import TINY, Shape, resnet32
+from jackpot_kernels.ops.swap import new_workspace
 from jackpot_kernels.search import GraphedStep
 
 pytestmark = pytest.mark.gpu
@@ -20,8 +25,17 @@ pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
 
 
+def shifted(tensor: Tensor, by: int) -> Tensor:
+    """A copy that lies some elements behind aligned memory."""
+    memory = torch.empty(tensor.numel() + by, device=tensor.device)
+    return memory[by:].view(tensor.shape).copy_(tensor.detach())
+
+
 class Search:
-    """SRPopup over bare layers, whose gradients come from a generator and are the same on every device."""
+    """SRPopup over bare layers, whose gradients come from a generator and are the same on every device.
+
+    Scores and gradients lie ``shift`` elements behind aligned memory.
+    """
 
     def __init__(
         self,
@@ -29,6 +43,7 @@ class Search:
         device: str,
         steps: int,
         dtype: torch.dtype = torch.float32,
+        shift: int = 0,
         **how: object,
     ) -> None:
         torch.manual_seed(0)
@@ -44,16 +59,20 @@ class Search:
         self.layers = list(jk.masked_layers(self.model).values())
         for layer in self.layers:
             layer.effective_weight()
-            layer.scores.grad = torch.zeros_like(layer.scores)
+            layer.scores.data = shifted(layer.scores, shift)
+            layer.scores.grad = shifted(torch.zeros_like(layer.scores), shift)
         self.optimizer = jk.SRPopup(self.model, total_steps=steps, **how)
         self.generator = torch.Generator().manual_seed(1)
 
-    def draw_gradients(self, bad: bool = False) -> None:
-        for layer in self.layers:
-            gradient = 0.01 * torch.randn(layer.scores.shape, generator=self.generator)
-            layer.scores.grad.copy_(gradient)
+    def drawn(self, bad: bool = False) -> list[Tensor]:
+        gradients = [0.01 * torch.randn(s.scores.shape, generator=self.generator) for s in self.layers]
         if bad:
-            self.layers[-1].scores.grad.view(-1)[0] = float("inf")
+            gradients[-1].view(-1)[0] = float("inf")
+        return gradients
+
+    def draw_gradients(self, bad: bool = False) -> None:
+        for layer, gradient in zip(self.layers, self.drawn(bad), strict=True):
+            layer.scores.grad.copy_(gradient)
 
     def state(self) -> list[Tensor]:
         """All that a step writes, on the CPU."""
@@ -61,6 +80,15 @@ class Search:
         tensors = [t for layer in self.layers for t in (layer.scores.detach(), layer.mask_words)]
         effective = [layer.effective_weight() for layer in self.layers]
         return [t.cpu() for t in (*tensors, *momenta, *effective, self.optimizer._search["control"])]
+
+
+@contextmanager
+def waiting_for_nothing() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +114,51 @@ def test_effective_weights_of_any_dtype(dtype: torch.dtype) -> None:
             search.draw_gradients()
             search.optimizer.step()
     assert all(map(torch.equal, ours.state(), wanted.state()))
+
+
+# More than the 256 layers of a launch, where the scope allows it; tiles that are whole but misaligned.
+@pytest.mark.parametrize(
+    ("shapes", "how"),
+    [
+        ([(12, 7)] * 300, {}),
+        ([(12, 7)] * 256, {"scope": "global"}),
+        ([(64, 32, 3, 3), (10, 77)], {"shift": 1}),
+        ([(64, 32, 3, 3), (10, 77)], {"shift": 1, "scope": "global"}),
+    ],
+    ids=["300 layers", "256 layers, global", "misaligned", "misaligned, global"],
+)
+def test_many_layers_and_misaligned_ones(shapes: list[Shape], how: dict[str, object]) -> None:
+    ours, wanted = (Search(shapes, device, 20, **how) for device in ("cuda", "cpu"))
+    for t in range(20):
+        for search in (ours, wanted):
+            search.draw_gradients(bad=t == 11)
+            search.optimizer.step()
+        assert all(map(torch.equal, ours.state(), wanted.state())), t
+        assert torch.equal(ours.optimizer._stats[:, :4].cpu(), wanted.optimizer._stats[:, :4]), t
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_the_step_as_one_operator(joint: bool) -> None:
+    ours, wanted = (test_swap.Search(joint, 30) for _ in range(2))
+    for name, value in dict(vars(ours)).items():
+        if isinstance(value, list):
+            setattr(ours, name, [tensor.cuda() for tensor in value])
+        elif isinstance(value, Tensor):
+            setattr(ours, name, value.cuda())
+    ours.workspace = new_workspace(ours.scores, joint)
+    for t in range(30):
+        grads = [0.01 * torch.randn(s.shape) for s in wanted.scores]
+        if t == 5:
+            grads[4] = torch.empty(0)
+        if t == 7:
+            grads[2].view(-1)[5] = float("nan")
+        found_inf = torch.tensor(float(t == 9))
+        got = one_call(ours, [grad.cuda() for grad in grads], found_inf=found_inf.cuda())
+        assert torch.equal(got[:, :4].cpu(), one_call(wanted, grads, found_inf=found_inf)[:, :4]), t
+        for name in ("scores", "momenta", "words", "effective"):
+            same = map(torch.equal, [tensor.cpu() for tensor in getattr(ours, name)], getattr(wanted, name))
+            assert all(same), (t, name)
+    assert ours.control.tolist() == wanted.control.tolist() == [28, 2, 0]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -115,7 +188,9 @@ def network() -> nn.Module:
     return model.cuda()
 
 
-def graphed_search(warm_up: int, scaled: bool) -> tuple[list[Tensor], GraphedStep]:
+def graphed_search(
+    warm_up: int, scaled: bool, reload_at: int | None = None
+) -> tuple[list[Tensor], GraphedStep]:
     """All states and losses of a search of 100 steps, whose fifth batch is smaller."""
     model = network()
     optimizer = jk.SRPopup(model, total_steps=100)
@@ -124,6 +199,8 @@ def graphed_search(warm_up: int, scaled: bool) -> tuple[list[Tensor], GraphedSte
     generator = torch.Generator().manual_seed(3)
     losses = []
     for t in range(100):
+        if t == reload_at:
+            optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
         optimizer.param_groups[0]["lr"] = 0.1 / (1 + t // 10)
         x = torch.randn(20 if t == 5 else 32, 3, 8, 8, generator=generator).cuda()
         losses.append(step(x, torch.arange(len(x)).cuda() % 10))
@@ -143,16 +220,64 @@ def test_replays_have_the_bits_of_steps_without_a_graph(
         assert all(map(torch.equal, got, wanted))
 
 
+def test_a_graphed_search_goes_on_after_load_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    wanted, _ = graphed_search(3, False)
+    got, step = graphed_search(3, False, reload_at=50)
+    assert step._graph is not None
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_a_scaler_in_a_graph_skips_infinite_steps() -> None:
+    steps, bad = 20, (2, 9, 10)
+    ours, wanted = (Search(TINY["tiny"], device, steps) for device in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=5)
+
+    def loss(*gradients: Tensor) -> Tensor:
+        pairs = zip(ours.layers, gradients, strict=True)
+        return torch.stack([(layer.scores * gradient).sum() for layer, gradient in pairs]).sum()
+
+    step = GraphedStep(ours.optimizer, loss, scaler)
+    for t in range(steps):
+        gradients = [gradient.cuda() for gradient in ours.drawn(bad=t in bad)]
+        with waiting_for_nothing() if step._graph else nullcontext():
+            step(*gradients)
+        wanted.draw_gradients(bad=t in bad)
+        wanted.optimizer.step()
+    assert step._graph is not None
+    assert all(map(torch.equal, ours.state(), wanted.state()))
+    assert wanted.optimizer.skipped_steps == len(bad)
+    # Doubled after the steps 7 and 15, halved at the bad ones.
+    assert scaler.get_scale() == 2.0**9
+
+
 def test_waits_for_nothing() -> None:
     search = Search(resnet32(), "cuda", 20)
     search.draw_gradients()
     search.optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_for_nothing():
         for _ in range(5):
             search.optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_changing_learning_rate_waits_for_nothing(on_device: bool) -> None:
+    searches = []
+    for device in ("cuda", "cpu"):
+        lr = torch.tensor(0.1, device=device) if on_device else 0.1
+        search = Search(TINY["tiny"], device, 20, lr=lr)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(search.optimizer, 20)
+        for t in range(20):
+            search.draw_gradients()
+            with waiting_for_nothing() if t else nullcontext():
+                search.optimizer.step()
+                if on_device:
+                    lr.mul_(0.9)
+                else:
+                    scheduler.step()
+        searches.append(search)
+    ours, wanted = searches
+    assert all(map(torch.equal, ours.state(), wanted.state()))
 
 
 def test_memory_does_not_grow() -> None:
@@ -167,9 +292,11 @@ def test_memory_does_not_grow() -> None:
 
 
 def small_search() -> None:
-    """What runs under compute-sanitizer: hot, cold, joint and skipped steps of a few layers."""
+    """What runs under compute-sanitizer: hot, cold, joint and skipped steps of a few layers, one of them of
+    whole tiles.
+    """
     for scope in ("layer", "global"):
-        search = Search(TINY["tiny"], "cuda", 12, scope=scope)
+        search = Search([*TINY["tiny"], (64, 64, 3, 3)], "cuda", 12, scope=scope)
         for t in range(12):
             search.draw_gradients(bad=t == 5)
             search.optimizer.step()
