@@ -25,15 +25,14 @@ STAGE_OF = {module: stage for stage, modules in enumerate(STAGES) for module in 
 
 # Code around the kernels may know torch: the files that register an operator, and what these share.
 HOST_CODE = {
-    "cpu/operators.h",
     "cpu/parallel.h",
     "cpu/patch.h",
     "cpu/rank_select.cpp",
     "cpu/rank_select.h",
     "cpu/segments.h",
     "cpu/workspace.h",
-    "cuda/operators.h",
     "cuda/tensors.h",
+    "search_step.h",
 }
 
 

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <optional>
 
-#include "operators.h"
+#include "../search_step.h"
 #include "parallel.h"
 #include "workspace.h"
 

@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "../order.h"
-#include "operators.h"
+#include "../search_step.h"
 #include "parallel.h"
 #include "patch.h"
 #include "rank_select.h"

@@ -2,7 +2,8 @@
 
 #include <optional>
 
-#include "operators.h"
+#include "../search_step.h"
+#include "tensors.h"
 
 namespace jackpot {
 namespace {

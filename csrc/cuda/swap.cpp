@@ -4,7 +4,8 @@
 #include <optional>
 #include <string>
 
-#include "operators.h"
+#include "../search_step.h"
+#include "tensors.h"
 
 namespace jackpot {
 namespace {

@@ -34,8 +34,8 @@ def search_step_(
 ) -> Tensor:
     """Do ``score_update_``, then ``swap_`` (Algorithm 1 of arXiv 2104.08700).
 
-    Args, Returns and Raises are theirs. What they share is read once, which is most of what a step costs a
-    small network besides its memory traffic.
+    Args, Returns and Raises are theirs; what does not fit the swap is found after the update. Tensors are
+    unpacked once, which is most of what a step costs a small network besides its memory traffic.
     """
     require_choice("pairs", pairs, PAIRS)
     stats = torch.ops.jackpot.search_step_(
