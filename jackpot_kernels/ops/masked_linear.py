@@ -1,8 +1,8 @@
 """The masked matmul as an operator and as an autograd function.
 
 The function calls the kernels, not the operator made of them: the way through the dispatcher and back costs a
-small layer more than its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul needs
-no function of its own: it is the library's, of an effective weight that has gradients (`ops/masked.py`).
+small layer more than its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul
+needs no function of its own: it is the library's, of an effective weight that has gradients (`ops/masked.py`).
 """
 
 from collections.abc import Sequence
