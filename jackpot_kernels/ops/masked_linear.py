@@ -2,7 +2,7 @@
 
 The function calls the kernels, not the operator made of them: the way through the dispatcher and back costs a
 small layer more than its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul
-needs no function of its own: it is the library's, of an effective weight that has gradients (`ops/masked.py`).
+needs no function of its own: it is the library's, of an effective weight with gradients (`ops/masked.py`).
 """
 
 from collections.abc import Sequence
