@@ -1,5 +1,4 @@
-// The whole search step in one call: to unpack 64 tensors twice, and to go through the dispatcher twice,
-// costs more than a small network's swaps.
+// The whole search step in one call: scores and masks are unpacked once, and the dispatcher is passed once.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

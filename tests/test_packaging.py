@@ -213,6 +213,7 @@ def test_type_marker():
 
 def test_command_is_installed(tmp_path):
     script = """
+import setuptools  # brings distutils along where Python no longer has it
 from distutils.core import run_setup
 print(*run_setup("setup.py", ["--quiet"], stop_after="config").scripts)
 """

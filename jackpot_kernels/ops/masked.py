@@ -53,8 +53,8 @@ class Function(torch.autograd.Function):
     def apply(cls, *inputs: Any) -> Any:
         """Do what torch's does, less what only a transform of ``torch.func`` needs.
 
-        Torch reads the signature of ``forward`` and looks for dead wrappers at each call, which takes 17 of
-        28 us of a small convolution, and several times that from cold caches.
+        Torch reads the signature of ``forward`` and looks for dead wrappers at each call, which took 17 of
+        28 us of a small convolution.
         """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*inputs)
@@ -64,7 +64,7 @@ class Function(torch.autograd.Function):
 class EffectiveWeightFunction(Function):
     """An effective weight at hand as ``weight * mask`` (Eq. 4), for a library's matmul or convolution.
 
-    All that runs in Python of a dense layer's backward pass is one multiplication.
+    All that runs in Python of a frozen dense layer's backward pass is one multiplication.
     """
 
     @staticmethod

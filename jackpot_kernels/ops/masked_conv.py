@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import (
-    Function,
-    Gradients,
-    cast_weight,
-    once,
-    register,
-    weight_gradients,
-)
+from jackpot_kernels.ops.masked import Function, Gradients, cast_weight, once, register, weight_gradients
 
 
 class Geometry(NamedTuple):

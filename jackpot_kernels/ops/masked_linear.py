@@ -14,14 +14,7 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import (
-    Function,
-    Gradients,
-    cast_weight,
-    once,
-    register,
-    weight_gradients,
-)
+from jackpot_kernels.ops.masked import Function, Gradients, cast_weight, once, register, weight_gradients
 
 
 def _dense(

@@ -8,8 +8,8 @@ from torch import Tensor
 from jackpot_kernels._validate import require_choice
 from jackpot_kernels.ops.swap import PAIRS
 
-# A step has no derivative. Torch would look at each tensor to find that out, which took half the time of the
-# call, 0.25 of 0.5 ms for the 192 tensors of ResNet-32 from cold caches.
+# A step has no derivative. Torch would look at each tensor to find that out, which took 26 us of a step of
+# ResNet-32 and 170 us of ResNet-50 on the CPU, from cold caches.
 _LIBRARY = torch.library.Library("jackpot", "IMPL")
 _LIBRARY.impl("search_step_", torch.library.fallthrough_kernel, "Autograd")
 
@@ -35,7 +35,7 @@ def search_step_(
     """Do ``score_update_``, then ``swap_`` (Algorithm 1 of arXiv 2104.08700).
 
     Args, Returns and Raises are theirs; what does not fit the swap is found after the update. Tensors are
-    unpacked once, which is most of what a step costs a small network besides its memory traffic.
+    unpacked once, which saves 3 % of a step of ResNet-32 on the CPU.
     """
     require_choice("pairs", pairs, PAIRS)
     stats = torch.ops.jackpot.search_step_(
