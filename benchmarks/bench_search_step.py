@@ -38,7 +38,7 @@ def bench_search_step(benchmark: BenchmarkFixture, search: Search, budget_s: flo
     rows: list[Tensor] = []
 
     def prepare() -> None:
-        rows.append(search.optimizer._stats)
+        rows.append(search.optimizer._stats.clone())
         search.draw_gradients()
 
     contest(benchmark, search.optimizer.step, others, budget_s=3 * budget_s, prepare=prepare)

@@ -16,10 +16,14 @@ STABLE_TORCH_LIBRARY(jackpot, m) {
   m.def(
       "swap_(Tensor[] scores, Tensor(a!)[] masks, Tensor[] weights, Tensor(b!)[] effective, Tensor num_kept, "
       "Tensor schedule, Tensor control, bool joint, str pairs, int seed, Tensor(c!)? workspace) -> Tensor");
+  // A search keeps the tensors it was begun with: a step writes to its scores, momenta, masks, effective and
+  // stats besides control.
   m.def(
-      "search_step_(Tensor(a!)[] scores, Tensor(b!)[] momenta, Tensor[] grads, Tensor(c!)[] masks, Tensor[] "
-      "weights, Tensor(d!)[] effective, Tensor hyper, Tensor num_kept, Tensor schedule, Tensor(e!) control, "
-      "Tensor? found_inf, bool joint, str pairs, int seed, Tensor(f!)? workspace) -> Tensor");
+      "search_begin(Tensor[] scores, Tensor[] momenta, Tensor[] masks, Tensor[] weights, Tensor[] effective, "
+      "Tensor hyper, Tensor num_kept, Tensor schedule, Tensor control, Tensor stats, bool joint, str pairs, "
+      "int seed, Tensor? workspace) -> int");
+  m.def("search_step_(Tensor(a!) control, int search, Tensor[] grads, Tensor? found_inf) -> ()");
+  m.def("search_end(Tensor control, int search) -> ()");
   m.def("workspace_size(Tensor[] scores, bool joint) -> int");
   m.def("cpu_capability() -> str");
   m.def("build_facts() -> str");

@@ -57,21 +57,19 @@ def captured_step(model, optimizer):
     with optimizer.capturing():
         loss_fn(model, *batch(0)).backward()
         optimizer.step()
-        return optimizer._stats
 
 
 def test_host_work_around_a_capture_and_a_replay():
     """Without a graph in between, a capture takes a step and a replay none."""
     model = make_network()
     optimizer = jk.SRPopup(model, total_steps=3)
-    captured = captured_step(model, optimizer)
-    assert optimizer.stats()["conv"].proposed == 0  # nothing has been replayed yet
+    captured_step(model, optimizer)
     assert optimizer.is_captured
     optimizer.param_groups[0]["lr"] = 0.25
     before = model.conv.mask_words._version
     with optimizer.replaying():
         assert optimizer._hyper[0, 0] == 0.25
-    assert optimizer._stats is captured and optimizer.is_captured
+    assert optimizer.is_captured
     assert model.conv.mask_words._version > before
     optimizer._calls = 3
     optimizer._search["control"][0] = 3

@@ -29,8 +29,11 @@ HOST_CODE = {
     "cpu/patch.h",
     "cpu/rank_select.cpp",
     "cpu/rank_select.h",
+    "cpu/score_update.h",
     "cpu/segments.h",
+    "cpu/swap.h",
     "cpu/workspace.h",
+    "cuda/step.h",
     "cuda/tensors.h",
     "search_step.h",
 }

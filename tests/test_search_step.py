@@ -1,76 +1,133 @@
 """The whole step in one call, against its two halves and the reference."""
 
+import gc
+from collections.abc import Callable
+
 import pytest
 import torch
 from test_swap import Search
 from torch import Tensor
 
-from jackpot_kernels.ops.search_step import search_step_
+from jackpot_kernels.ops.search_step import SearchStep
 
 
-def one_call(search: Search, grads: list[Tensor], **options: object) -> Tensor:
-    return search_step_(
+def begin(search: Search, **options: object) -> SearchStep:
+    settings = (search.hyper, search.num_kept, search.schedule, search.control)
+    options = {"joint": search.joint, "workspace": search.workspace, **options}
+    return SearchStep(
         search.scores,
         search.momenta,
-        grads,
         search.words,
-        search.hyper,
-        search.num_kept,
-        search.schedule,
-        search.control,
+        *settings,
+        search.num_kept.new_full((len(search.num_kept), 5), -1),
         weights=search.weights,
         effective=search.effective,
-        joint=search.joint,
-        workspace=search.workspace,
         **options,
     )
+
+
+def ones(search: Search) -> list[Tensor]:
+    return [torch.ones(s.shape) for s in search.scores]
+
+
+def require_same(search: Search, other: Search) -> None:
+    for name in ("scores", "momenta", "words", "effective"):
+        assert all(map(torch.equal, getattr(search, name), getattr(other, name))), name
+    assert torch.equal(search.control, other.control)
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_equals_update_and_swap_and_the_reference(joint: bool) -> None:
     steps = 30
     ours, halves, wanted = (Search(joint, steps) for _ in range(3))
+    step = begin(ours)
     for t in range(steps):
         grads = [0.01 * torch.randn(s.shape) for s in ours.scores]
         if t == 7:
             grads[2].view(-1)[5] = float("nan")
-        stats = one_call(ours, grads)
-        assert torch.equal(stats, halves.step(grads))
-        assert torch.equal(stats[:, :4], wanted.reference_step(grads)[:, :4])
-        for name in ("scores", "momenta", "words", "effective"):
-            assert all(map(torch.equal, getattr(ours, name), getattr(wanted, name))), (t, name)
-        assert torch.equal(ours.control, wanted.control)
+        step(grads)
+        assert torch.equal(step.stats, halves.step(grads))
+        assert torch.equal(step.stats[:, :4], wanted.reference_step(grads)[:, :4])
+        require_same(ours, wanted)
     assert ours.control.tolist() == [steps - 1, 1, 0]
 
 
 def test_found_inf_skips_the_step() -> None:
     search, before = Search(False, 5), Search(False, 5)
-    stats = one_call(search, [torch.ones(s.shape) for s in search.scores], found_inf=torch.tensor(1.0))
-    assert not stats.any() and search.control.tolist() == [0, 1, 1]
-    for name in ("scores", "momenta", "words", "effective"):
-        assert all(map(torch.equal, getattr(search, name), getattr(before, name))), name
+    step = begin(search)
+    step(ones(search), torch.tensor(1.0))
+    assert not step.stats.any() and search.control.tolist() == [0, 1, 1]
+    before.control[1:] = 1
+    require_same(search, before)
 
 
 def test_says_that_it_wrote() -> None:
     search = Search(False, 5)
     written = [*search.scores, *search.momenta, *search.words, *search.effective]
     before = [tensor._version for tensor in written]
-    one_call(search, [torch.ones(s.shape) for s in search.scores])
+    begin(search)(ones(search))
     assert [tensor._version for tensor in written] == [version + 1 for version in before]
 
 
-def test_refuses_unknown_pairs() -> None:
+def test_finds_memory_that_moved() -> None:
+    """What a search holds are the tensors, wherever their memory is when a step comes."""
+    ours, wanted = Search(False, 5), Search(False, 5)
+    step = begin(ours)
+    for t in range(3):
+        step(ones(ours))
+        wanted.step(ones(wanted))
+        require_same(ours, wanted)
+        left = [ours.scores[2].data, ours.words[0].data]
+        before = [tensor.clone() for tensor in left]
+        ours.scores[2].data, ours.words[0].data = left[0].clone(), left[1].clone()
+        ours.momenta[4].share_memory_()
+        if t:
+            assert all(map(torch.equal, left, before))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda search: setattr(search.scores[2], "data", torch.zeros(7)), "masks must have one int32 word"),
+        (lambda search: setattr(search.momenta[1], "data", torch.zeros(2)), "momenta must have the scores'"),
+        (lambda search: setattr(search.words[0], "data", torch.zeros(27)), "masks must be a contiguous CPU"),
+        (
+            lambda search: setattr(search.effective[0], "data", torch.zeros(3)),
+            "effective must have the weight",
+        ),
+        (lambda search: search.num_kept.resize_(1, 2), "num_kept must be"),
+        (lambda search: search.workspace.resize_(5), "workspace must be made for these layers"),
+        (lambda search: search.control.fill_(5), r"control\[0\] must be in \[0, 5\) before a step, got 5"),
+    ],
+)
+def test_memory_that_no_longer_fits_changes_nothing(spoil: Callable[[Search], object], message: str) -> None:
     search, before = Search(False, 5), Search(False, 5)
+    step = begin(search)
+    for one in (search, before):
+        spoil(one)
+    with pytest.raises(RuntimeError, match=message):
+        step(ones(search))
+    require_same(search, before)
+
+
+def test_a_search_ends_with_its_object() -> None:
+    search, other = Search(False, 5), Search(False, 5)
+    step, kept = begin(search), begin(other)
+    number = step._search
+    del step
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"search must be one that was begun here, got {number}"):
+        torch.ops.jackpot.search_step_(search.control, number, ones(search), None)
+    kept(ones(other))
+    assert other.control.tolist() == [1, 0, 0]
+
+
+def test_refuses_unknown_pairs() -> None:
     with pytest.raises(ValueError, match="pairs must be one of best, inverse, random, got 'worst'"):
-        one_call(search, [torch.ones(s.shape) for s in search.scores], pairs="worst")
-    assert all(map(torch.equal, search.scores, before.scores))
+        begin(Search(False, 5), pairs="worst")
 
 
 def test_operator_passes_opcheck() -> None:
     search = Search(False, 5)
-    grads = [torch.ones(s.shape) for s in search.scores]
-    tensors = (search.scores, search.momenta, grads, search.words, search.weights, search.effective)
-    settings = (search.hyper, search.num_kept, search.schedule, search.control)
-    torch.library.opcheck(
-        torch.ops.jackpot.search_step_, (*tensors, *settings, None, False, "best", 0, search.workspace)
-    )
+    step = begin(search)
+    torch.library.opcheck(torch.ops.jackpot.search_step_, (search.control, step._search, ones(search), None))

@@ -18,7 +18,7 @@ void parallel_each(int64_t count, const Body& body) {
   });
 }
 
-// Items of one size, a contiguous run for each thread: threads that took turns at neighbouring tiles read
+// Items of one size, a contiguous run for each thread: threads that took turns at neighbouring items read
 // memory at half the speed.
 template <class Body>
 void parallel_runs(int64_t count, const Body& body) {

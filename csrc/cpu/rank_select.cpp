@@ -84,22 +84,18 @@ void rank_select(const Segments& segments, const std::vector<int64_t>& which, co
   std::vector<Candidates> found;
   std::vector<Window> windows(count);
   std::vector<std::unique_ptr<uint64_t[]>> memory(count);
-  std::vector<TileRef> tiles;
-  std::vector<int64_t> request_of(segments.layers.size());
+  std::vector<int64_t> request_of(segments.size());
   parallel_each(count, [&](int64_t i) { windows[i] = sampled_window(segments, which[i], ks[i]); });
   for (int64_t i = 0; i < count; ++i) {
     const int64_t capacity = segments.numel[which[i]] / 8 + 2048;
     memory[i].reset(new uint64_t[capacity]);
     found.push_back({&counts[i], {nullptr, 0}, {memory[i].get(), capacity}});
-    for (int64_t layer = segments.first[which[i]]; layer < segments.end(which[i]); ++layer) {
-      append_tiles(segments, layer, tiles);
-      request_of[layer] = i;
-    }
+    request_of[which[i]] = i;
   }
-  parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
+  parallel_tiles(Tiles(segments, which), [&](const TileRef& ref) {
     uint64_t kept[kTileRanks], pruned[kTileRanks];
-    const int64_t request = request_of[tiles[t].layer];
-    Tile tile = make_tile(segments, tiles[t]);
+    const int64_t request = request_of[segments.layers[ref.layer].segment];
+    Tile tile = make_tile(segments, ref);
     tile.mask = nullptr;  // every element is a candidate of one list
     tile.window = windows[request];
     tile.kept = kept;

@@ -1,23 +1,14 @@
-// SGD on the scores of every layer in one pass, which also emits the candidates of the swap that follows.
+#include "score_update.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
-#include <optional>
 
-#include "../search_step.h"
 #include "parallel.h"
-#include "workspace.h"
 
 namespace jackpot {
-namespace {
 
 using torch::headeronly::ScalarType;
-
-struct LayerUpdate {
-  float* momenta;
-  const float* grads;  // null: no gradient came
-  const float* hyper;  // lr, momentum, weight_decay, nesterov, inv_scale
-};
 
 std::vector<LayerUpdate> make_updates(const Segments& segments, const Tensors& momenta, const Tensors& grads,
                                       const Tensor& hyper) {
@@ -40,15 +31,6 @@ std::vector<LayerUpdate> make_updates(const Segments& segments, const Tensors& m
   return updates;
 }
 
-bool all_finite(const std::vector<TileRef>& tiles, const std::vector<LayerUpdate>& updates) {
-  std::atomic<bool> finite{true};
-  parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
-    const float* grads = updates[tiles[t].layer].grads;
-    if (grads && !tile_kernels().all_finite(grads + tiles[t].begin, tiles[t].count)) finite = false;
-  });
-  return finite;
-}
-
 bool is_set(const std::optional<Tensor>& found_inf) {
   if (!found_inf) return false;
   require_cpu(*found_inf, ScalarType::Float, "found_inf");
@@ -56,8 +38,28 @@ bool is_set(const std::optional<Tensor>& found_inf) {
   return *static_cast<const float*>(found_inf->data_ptr()) != 0;
 }
 
+namespace {
+
+// Tiles that one thread checks in turn, of 4 MiB of gradients.
+constexpr int64_t kCheckedTiles = 256;
+
+// Each thread goes from its last tiles to its first, so that the update, which goes the other way, starts
+// with gradients that are still in cache.
+bool all_finite(const Tiles& tiles, const std::vector<LayerUpdate>& updates) {
+  std::atomic<bool> finite{true};
+  torch::stable::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t until = end; until > begin; until -= kCheckedTiles) {
+      tiles.each(std::max(begin, until - kCheckedTiles), until, [&](const TileRef& tile) {
+        const float* grads = updates[tile.layer].grads;
+        if (grads && !tile_kernels().all_finite(grads + tile.begin, tile.count)) finite = false;
+      });
+    }
+  });
+  return finite;
+}
+
 void update_tile(const Segments& segments, const TileRef& ref, const LayerUpdate& update,
-                 const Workspace* workspace) {
+                 const std::optional<Workspace>& workspace) {
   uint64_t kept[kTileRanks], pruned[kTileRanks];
   Tile tile = make_tile(segments, ref);
   if (update.grads) {
@@ -82,33 +84,32 @@ void update_tile(const Segments& segments, const TileRef& ref, const LayerUpdate
 
 }  // namespace
 
+void update_scores(const Segments& segments, const std::vector<LayerUpdate>& updates, bool skip,
+                   int64_t* control, const std::optional<Workspace>& workspace) {
+  const Tiles tiles(segments);
+  control[2] = skip || !all_finite(tiles, updates);
+  control[1] += control[2];
+  if (control[2]) return;
+  control[0] += 1;
+  if (workspace) {
+    for (SegmentRecord* record : workspace->records) {
+      record->counts = {};
+      record->emitted_at = record->armed ? control[0] : 0;
+    }
+  }
+  parallel_tiles(tiles,
+                 [&](const TileRef& tile) { update_tile(segments, tile, updates[tile.layer], workspace); });
+}
+
+namespace {
+
 void score_update_(const Tensors& scores, const Tensors& momenta, const Tensors& grads, const Tensors& masks,
                    const Tensor& hyper, const Tensor& control, const std::optional<Tensor>& found_inf,
                    const std::optional<Tensor>& workspace, bool joint) {
   const Segments segments = make_segments(scores, masks, joint);
-  const std::vector<LayerUpdate> updates = make_updates(segments, momenta, grads, hyper);
-  int64_t* const steps = control_of(control);
-  std::optional<Workspace> lists;
-  if (workspace) lists.emplace(segments, *workspace);
-  std::vector<TileRef> tiles;
-  for (size_t layer = 0; layer < segments.layers.size(); ++layer) append_tiles(segments, layer, tiles);
-
-  steps[2] = is_set(found_inf) || !all_finite(tiles, updates);
-  steps[1] += steps[2];
-  if (steps[2]) return;
-  steps[0] += 1;
-  if (lists) {
-    for (SegmentRecord* record : lists->records) {
-      record->counts = {};
-      record->emitted_at = record->armed ? steps[0] : 0;
-    }
-  }
-  parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
-    update_tile(segments, tiles[t], updates[tiles[t].layer], lists ? &*lists : nullptr);
-  });
+  update_scores(segments, make_updates(segments, momenta, grads, hyper), is_set(found_inf),
+                control_of(control), make_workspace(segments, workspace));
 }
-
-namespace {
 
 int64_t workspace_size(const Tensors& scores, bool joint) {
   return workspace_words(make_segments(scores, {}, joint).numel);

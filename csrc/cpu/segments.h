@@ -91,16 +91,57 @@ inline float value_at(const Segments& segments, int64_t segment, int64_t positio
   return layer.scores[position - layer.position];
 }
 
-// The tiles of some layers, in one list: layer and first element.
+// A layer and a run of its elements.
 struct TileRef {
   int64_t layer, begin, count;
 };
 
-inline void append_tiles(const Segments& segments, int64_t layer, std::vector<TileRef>& tiles) {
-  const int64_t numel = segments.layers[layer].numel;
-  for (int64_t begin = 0; begin < numel; begin += kTile) {
-    tiles.push_back({layer, begin, numel - begin < kTile ? numel - begin : kTile});
+// The tiles of some layers, numbered through.
+class Tiles {
+ public:
+  explicit Tiles(const Segments& segments) {
+    for (int64_t segment = 0; segment < segments.size(); ++segment) append(segments, segment);
   }
+  Tiles(const Segments& segments, const std::vector<int64_t>& which) {
+    for (const int64_t segment : which) append(segments, segment);
+  }
+
+  int64_t size() const { return size_; }
+
+  template <class Body>
+  void each(int64_t begin, int64_t end, const Body& body) const {
+    auto span = std::upper_bound(spans_.begin(), spans_.end(), begin,
+                                 [](int64_t tile, const Span& s) { return tile < s.end; });
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (tile >= span->end) ++span;
+      const int64_t element = (tile - span->begin) * kTile;
+      body({span->layer, element, std::min(span->numel - element, kTile)});
+    }
+  }
+
+ private:
+  struct Span {
+    int64_t layer, numel;
+    int64_t begin, end;  // of its tiles
+  };
+
+  void append(const Segments& segments, int64_t segment) {
+    for (int64_t layer = segments.first[segment]; layer < segments.end(segment); ++layer) {
+      const int64_t numel = segments.layers[layer].numel, begin = size_;
+      size_ += (numel + kTile - 1) / kTile;
+      spans_.push_back({layer, numel, begin, size_});
+    }
+  }
+
+  std::vector<Span> spans_;
+  int64_t size_ = 0;
+};
+
+// A contiguous run of tiles for each thread.
+template <class Body>
+void parallel_tiles(const Tiles& tiles, const Body& body) {
+  torch::stable::parallel_for(0, tiles.size(), 1,
+                              [&](int64_t begin, int64_t end) { tiles.each(begin, end, body); });
 }
 
 inline Tile make_tile(const Segments& segments, const TileRef& ref) {

@@ -1,18 +1,15 @@
-// Threshold, choice of the swaps and the swaps themselves, for every segment.
+#include "swap.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <memory>
-#include <optional>
 
 #include "../order.h"
-#include "../search_step.h"
 #include "parallel.h"
-#include "patch.h"
 #include "rank_select.h"
-#include "workspace.h"
 
 namespace jackpot {
 namespace {
@@ -21,13 +18,18 @@ using torch::headeronly::ScalarType;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-enum class Pairs { kBest, kInverse, kRandom };
-
-// What the schedules and the person ask of this step.
+// What the schedules and the person ask of a step.
 struct Request {
   double rate, ramp;
   int64_t step, seed;
   Pairs pairs;
+
+  Request(const SwapSettings& settings, int64_t t)
+      : rate(settings.schedule[2 * (t - 1)]),
+        ramp(settings.schedule[2 * (t - 1) + 1]),
+        step(t),
+        seed(settings.seed),
+        pairs(settings.pairs) {}
 
   int64_t target(const int64_t* first_and_last, int64_t now) const {
     const int64_t first = first_and_last[0], last = first_and_last[1];
@@ -42,7 +44,7 @@ struct Request {
 // go.
 struct Exchange {
   uint64_t threshold;
-  int64_t proposed, entered, left;
+  int64_t target, proposed, entered, left;
   CandidateList entering, leaving;
   int64_t entering_count, leaving_count;
   std::unique_ptr<uint64_t[]> memory;  // of the lists, when they are not the workspace's
@@ -78,6 +80,7 @@ bool exchange_candidates(const SegmentRecord& record, const Candidates& candidat
   first_ranks(ranks.data(), k, ranks.size(), std::greater<uint64_t>());
 
   exchange.threshold = ranks[k - 1];
+  exchange.target = target;
   exchange.proposed =
       counts.pruned_above + std::count_if(pruned, pruned + counts.pruned_out, [&](uint64_t rank) {
         return inside(rank) && rank >= exchange.threshold;
@@ -149,7 +152,6 @@ void exchange_scanned(const Segments& segments, const std::vector<int64_t>& whic
   std::vector<uint64_t> thresholds;
   rank_select(segments, which, targets, thresholds);
 
-  std::vector<TileRef> tiles;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t numel = segments.numel[which[i]];
     Exchange& exchange = exchanges[which[i]];
@@ -160,16 +162,14 @@ void exchange_scanned(const Segments& segments, const std::vector<int64_t>& whic
     exchange.leaving = {exchange.memory.get() + entering, leaving};
     exchange.entering_count = exchange.leaving_count = 0;
     exchange.threshold = thresholds[i];
+    exchange.target = targets[i];
     exchange.cold = true;
-    for (int64_t layer = segments.first[which[i]]; layer < segments.end(which[i]); ++layer) {
-      append_tiles(segments, layer, tiles);
-    }
   }
-  parallel_runs(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
+  parallel_tiles(Tiles(segments, which), [&](const TileRef& ref) {
     uint64_t kept[kTileRanks], pruned[kTileRanks];
-    Exchange& exchange = exchanges[segments.layers[tiles[t].layer].segment];
+    Exchange& exchange = exchanges[segments.layers[ref.layer].segment];
     const float threshold = score_of(exchange.threshold);
-    Tile tile = make_tile(segments, tiles[t]);
+    Tile tile = make_tile(segments, ref);
     tile.window = {kInfinity, -kInfinity, threshold, threshold};  // nothing is inside
     tile.kept = kept;
     tile.pruned = pruned;
@@ -189,20 +189,23 @@ void exchange_scanned(const Segments& segments, const std::vector<int64_t>& whic
   });
 }
 
-// Where the next step's list of one class may end: the score at a rank that leaves as many again as swapped
-// now, or the window itself while the whole list is short.
+// Where the next step's list of one class may end, when `wanted` of it are to swap: at a score that six times
+// as many do not reach now, or at the window's own end while the list is too short to tell. Lists of all that
+// cross the threshold would be many times as long: to choose from them took 0.25 ms at 20 million weights.
 template <class Before>
-float next_bound(const CandidateList& list, int64_t count, int64_t taken, int64_t room, float shift,
+float next_bound(const CandidateList& list, int64_t count, int64_t taken, int64_t wanted, float shift,
                  float window, Before before) {
-  const int64_t rank = 3 * taken + 64;
-  if (count <= room / 4 || rank >= count) return window;
+  const int64_t left = count - taken;
+  if (left < 2 * wanted + 32) return window;
+  const int64_t rank = taken + std::min(6 * wanted + 64, left - 1);
   std::nth_element(list.ranks + taken, list.ranks + rank, list.ranks + count, before);
   return score_of(list.ranks[rank]) + shift;
 }
 
 // Aims the next step's window: where the threshold will be if it moves on as it did, and three times as wide
 // as the last miss, so that a miss is rare and the window holds few.
-void arm(SegmentRecord& record, const Exchange& exchange, float threshold, int64_t capacity) {
+void arm(SegmentRecord& record, const Exchange& exchange, float threshold, const Request& next,
+         const int64_t* first_and_last) {
   const float moved = record.armed ? threshold - record.threshold : 0.0f;
   const float missed = record.armed ? std::fabs(threshold - record.predicted) : std::fabs(threshold) / 4096;
   const float least = std::fabs(threshold) / (1 << 22) + std::numeric_limits<float>::min();
@@ -214,10 +217,13 @@ void arm(SegmentRecord& record, const Exchange& exchange, float threshold, int64
   Window& window = record.window;
   window.low = record.predicted - record.half_width;
   window.high = record.predicted + record.half_width;
-  window.kept_high = next_bound(exchange.leaving, exchange.leaving_count, exchange.left, capacity, moved,
-                                window.high, std::less<uint64_t>());
-  window.pruned_low = next_bound(exchange.entering, exchange.entering_count, exchange.entered, capacity,
-                                 moved, window.low, std::greater<uint64_t>());
+  const int64_t entering = next.granted(exchange.proposed);
+  const int64_t leaving = entering + exchange.target - next.target(first_and_last, exchange.target);
+  window.kept_high = std::min(window.high, next_bound(exchange.leaving, exchange.leaving_count, exchange.left,
+                                                      leaving, moved, window.high, std::less<uint64_t>()));
+  window.pruned_low =
+      std::max(window.low, next_bound(exchange.entering, exchange.entering_count, exchange.entered, entering,
+                                      moved, window.low, std::greater<uint64_t>()));
 }
 
 void apply(const Segments& segments, int64_t segment, const Exchange& exchange,
@@ -244,6 +250,7 @@ std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, co
   STD_TORCH_CHECK(weights.size() == effective.size() && (weights.empty() || weights.size() == masks.size()),
                   "weights and effective must both be empty or have one entry a layer");
   std::vector<Patch> patches;
+  patches.reserve(masks.size());
   for (size_t i = 0; i < masks.size(); ++i) {
     patches.emplace_back(masks[i], weights.empty() ? nullptr : &weights[i],
                          weights.empty() ? nullptr : &effective[i]);
@@ -251,56 +258,78 @@ std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, co
   return patches;
 }
 
-}  // namespace
-
-Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
-             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
-             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
-  const Segments segments = make_segments(scores, masks, joint);
-  STD_TORCH_CHECK(masks.size() == scores.size(), "masks must have one entry a layer");
-  const std::vector<Patch> patches = make_patches(masks, weights, effective);
-  require_cpu(num_kept, ScalarType::Long, "num_kept");
-  require_cpu(schedule, ScalarType::Double, "schedule");
-  STD_TORCH_CHECK(num_kept.numel() == 2 * segments.size(), "num_kept must be [segments, 2]");
-  const int64_t* const steps = control_of(control);
-  const int64_t* const targets = static_cast<const int64_t*>(num_kept.data_ptr());
-  STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
-  std::optional<Workspace> lists;
-  if (workspace) lists.emplace(segments, *workspace);
-  Tensor stats = torch::stable::new_zeros(control, {segments.size(), 5});
-  if (steps[2]) return stats;
-  STD_TORCH_CHECK(steps[0] >= 1 && steps[0] <= schedule.size(0), "control[0] must be in [1, ",
-                  schedule.size(0), "], the steps of schedule, got ", steps[0]);
-  const double* const row = static_cast<const double*>(schedule.data_ptr()) + 2 * (steps[0] - 1);
-  const Request request = {row[0], row[1], steps[0], seed, pairs_named(pairs)};
-
+// Chooses from the candidates where they suffice, and among all scores where they do not.
+std::vector<Exchange> choose(const Segments& segments, const SwapSettings& settings, const Request& request,
+                             const std::optional<Workspace>& workspace) {
   std::vector<Exchange> exchanges(segments.size());
   std::vector<uint8_t> done(segments.size(), 0);
-  if (lists) {
+  if (workspace) {
     parallel_each(segments.size(), [&](int64_t s) {
-      done[s] = exchange_candidates(*lists->records[s], lists->candidates[s], request, targets + 2 * s,
-                                    exchanges[s]);
+      done[s] = exchange_candidates(*workspace->records[s], workspace->candidates[s], request,
+                                    settings.num_kept + 2 * s, exchanges[s]);
     });
   }
   std::vector<int64_t> cold;
   for (int64_t s = 0; s < segments.size(); ++s) {
     if (!done[s]) cold.push_back(s);
   }
-  if (!cold.empty()) exchange_scanned(segments, cold, targets, request, exchanges);
+  if (!cold.empty()) exchange_scanned(segments, cold, settings.num_kept, request, exchanges);
+  return exchanges;
+}
 
-  int64_t* const out = static_cast<int64_t*>(stats.data_ptr());
+}  // namespace
+
+SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, const Tensors& weights,
+                                const Tensors& effective, const Tensor& num_kept, const Tensor& schedule,
+                                const std::string& pairs, int64_t seed) {
+  STD_TORCH_CHECK(masks.size() == segments.layers.size(), "masks must have one entry a layer");
+  require_cpu(num_kept, ScalarType::Long, "num_kept");
+  require_cpu(schedule, ScalarType::Double, "schedule");
+  STD_TORCH_CHECK(num_kept.numel() == 2 * segments.size(), "num_kept must be [segments, 2]");
+  STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
+  return {make_patches(masks, weights, effective),
+          static_cast<const int64_t*>(num_kept.data_ptr()),
+          static_cast<const double*>(schedule.data_ptr()),
+          schedule.size(0),
+          pairs_named(pairs),
+          seed};
+}
+
+void swap(const Segments& segments, const SwapSettings& settings, const int64_t* control,
+          const std::optional<Workspace>& workspace, int64_t* stats) {
+  std::fill_n(stats, 5 * segments.size(), 0);
+  if (control[2]) return;
+  const int64_t step = control[0];
+  STD_TORCH_CHECK(step >= 1 && step <= settings.total_steps, "control[0] must be in [1, ",
+                  settings.total_steps, "], the steps of schedule, got ", step);
+  const Request request(settings, step), next(settings, std::min(step + 1, settings.total_steps));
+  std::vector<Exchange> exchanges = choose(segments, settings, request, workspace);
   parallel_each(segments.size(), [&](int64_t s) {
     Exchange& exchange = exchanges[s];
     const float threshold = value_at(segments, s, position_of(exchange.threshold));
-    apply(segments, s, exchange, patches);
+    apply(segments, s, exchange, settings.patches);
     const int64_t stat[5] = {exchange.proposed, exchange.entered, exchange.left,
                              static_cast<int32_t>(float_bits(threshold)), exchange.cold};
-    std::copy(stat, stat + 5, out + 5 * s);
-    if (lists) arm(*lists->records[s], exchange, threshold, candidate_capacity(segments.numel[s]));
+    std::copy(stat, stat + 5, stats + 5 * s);
+    if (workspace) arm(*workspace->records[s], exchange, threshold, next, settings.num_kept + 2 * s);
   });
+}
+
+namespace {
+
+Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
+             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
+             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
+  const Segments segments = make_segments(scores, masks, joint);
+  const SwapSettings settings =
+      make_swap_settings(segments, masks, weights, effective, num_kept, schedule, pairs, seed);
+  Tensor stats = torch::stable::new_empty(control, {segments.size(), 5});
+  swap(segments, settings, control_of(control), make_workspace(segments, workspace),
+       stats_of(stats, segments));
   return stats;
 }
 
+}  // namespace
 }  // namespace jackpot
 
 STABLE_TORCH_LIBRARY_IMPL(jackpot, CPU, m) { m.impl("swap_", TORCH_BOX(&jackpot::swap_)); }

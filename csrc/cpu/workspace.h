@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 
 #include "candidates.h"
@@ -50,5 +51,12 @@ struct Workspace {
     }
   }
 };
+
+inline std::optional<Workspace> make_workspace(const Segments& segments,
+                                               const std::optional<Tensor>& tensor) {
+  std::optional<Workspace> workspace;
+  if (tensor) workspace.emplace(segments, *tensor);
+  return workspace;
+}
 
 }  // namespace jackpot

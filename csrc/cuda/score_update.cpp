@@ -1,9 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-
-#include "../search_step.h"
-#include "tensors.h"
+#include "step.h"
 
 namespace jackpot {
 namespace {

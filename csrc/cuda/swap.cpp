@@ -1,11 +1,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
-#include <optional>
-#include <string>
 
-#include "../search_step.h"
-#include "tensors.h"
+#include "step.h"
 
 namespace jackpot {
 namespace {
@@ -76,9 +73,10 @@ SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& m
 
 }  // namespace
 
-Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
-             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
-             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
+void swap_into(const Tensor& stats, const Tensors& scores, const Tensors& masks, const Tensors& weights,
+               const Tensors& effective, const Tensor& num_kept, const Tensor& schedule,
+               const Tensor& control, bool joint, const std::string& pairs, int64_t seed,
+               const std::optional<Tensor>& workspace) {
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
   const Device device(scores[0]);
   const int64_t segments = static_cast<int64_t>(sizes.size());
@@ -94,7 +92,7 @@ Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights
                                 patched ? &effective[i] : nullptr));
   }
   const Tensor memory = workspace ? *workspace : new_workspace(control, sizes);
-  Tensor stats = torch::stable::new_empty(control, {segments, 5});
+  STD_TORCH_CHECK(stats.numel() == 5 * segments, "stats must be [segments, 5]");
   SwapTable table = {};
   table.joint = joint;
   table.pairs = pairs_named(pairs);
@@ -103,10 +101,23 @@ Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights
   table.schedule = device.require<double>(schedule, ScalarType::Double, "schedule");
   table.steps = schedule.size(0);
   table.control = device.control_of(control);
-  table.stats = static_cast<int64_t*>(stats.data_ptr());
+  table.stats = device.require<int64_t>(stats, ScalarType::Long, "stats");
   check(swap(device.launch(), layers, table, workspace_in(device, memory, sizes)));
+}
+
+namespace {
+
+Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights, const Tensors& effective,
+             const Tensor& num_kept, const Tensor& schedule, const Tensor& control, bool joint,
+             const std::string& pairs, int64_t seed, const std::optional<Tensor>& workspace) {
+  const int64_t segments = static_cast<int64_t>(segment_sizes(scores, joint).size());
+  const Tensor stats = torch::stable::new_empty(control, {segments, 5});
+  swap_into(stats, scores, masks, weights, effective, num_kept, schedule, control, joint, pairs, seed,
+            workspace);
   return stats;
 }
+
+}  // namespace
 
 }  // namespace jackpot
 

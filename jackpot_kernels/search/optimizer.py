@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from jackpot_kernels._validate import require_choice
 from jackpot_kernels.budgets import num_pruned, scale_budget
 from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
-from jackpot_kernels.ops.search_step import search_step_
+from jackpot_kernels.ops.search_step import SearchStep
 from jackpot_kernels.ops.swap import PAIRS, new_workspace
-from jackpot_kernels.search.compat import AUTHORS, COMPAT, search_step_unless_tied_
+from jackpot_kernels.search.compat import AUTHORS, COMPAT, step_unless_tied
 from jackpot_kernels.search.schedule import Schedule, constant, ramp_table, rate_table, step_table
 
 SCOPES = ("layer", "global")
@@ -155,9 +155,9 @@ class SRPopup(torch.optim.Optimizer):
         self._group_hyper = torch.zeros(len(self.param_groups), 5, device=device)  # [G, 5]
         self._hyper = torch.zeros(len(layers), 5, device=device)  # [L, 5]
         self._scaled = False
-        self._stats = torch.zeros(len(self._search["num_kept"]), 5, dtype=torch.int64)  # [S, 5]
+        self._stats = self._search["num_kept"].new_zeros(len(self._search["num_kept"]), 5)  # [S, 5]
+        self._step: SearchStep | None = None
         # What a captured step writes, which stays when an ordinary step comes in between.
-        self._captured_stats = self._stats
         self._captured_effective: list[Tensor | None] = []
         self._captured_words: list[Tensor] | None = None
         self._words: list[Tensor] = []
@@ -185,26 +185,11 @@ class SRPopup(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._write_hyper()
-        search = self._search
-        kept = [layer.patchable_effective_weight for layer in self._layers.values()]
-        step = search_step_unless_tied_ if search["schedule"] == AUTHORS else search_step_
-        self._stats = step(
-            self._scores,
-            self._momenta,
-            self._gradients(),
-            words,
-            self._hyper,
-            search["num_kept"],
-            search["table"],
-            search["control"],
-            weights=[parameters["weight"] for parameters, _ in self._tensors],
-            effective=[self._no_tensor if weight is None else weight for weight in kept],
-            found_inf=self._found_inf(),
-            joint=self._joint,
-            pairs=search["pairs"],
-            seed=search["seed"],
-            workspace=self._workspace,
-        )
+        step, gradients, found_inf = self._step_over(words), self._gradients(), self._found_inf()
+        if self._search["schedule"] == AUTHORS:
+            step_unless_tied(step, gradients, found_inf)
+        else:
+            step(gradients, found_inf)
         self._watch(words)
         self._calls += 1
         return loss
@@ -216,13 +201,12 @@ class SRPopup(torch.optim.Optimizer):
         Settings are written to the device beforehand, where a captured step reads them.
         """
         self._write_hyper()
-        calls, stats = self._calls, self._stats
+        calls = self._calls
         try:
             yield
-            self._captured_stats, self._captured_effective = self._stats, self._cached()
-            self._captured_words = self._present_words()
+            self._captured_words, self._captured_effective = self._present_words(), self._cached()
         finally:
-            self._calls, self._stats = calls, stats
+            self._calls = calls
 
     @property
     def is_captured(self) -> bool:
@@ -234,7 +218,7 @@ class SRPopup(torch.optim.Optimizer):
         if self._captured_words is None:
             return False
         written = (*self._captured_words, *self._captured_effective)
-        return all(map(operator.is_, (*self._present_words(), *self._cached()), written))
+        return _same((*self._present_words(), *self._cached()), written)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -251,7 +235,6 @@ class SRPopup(torch.optim.Optimizer):
         written = (*self._scores, *self._momenta, *words, *effective)
         torch.autograd.graph.increment_version(written)
         self._watch(words)
-        self._stats = self._captured_stats
         self._calls += 1
 
     def _present_words(self) -> list[Tensor]:
@@ -341,7 +324,7 @@ class SRPopup(torch.optim.Optimizer):
                 raise RuntimeError(f"module {path!r} must be the one the optimizer was made for, got another")
         scores = [parameters["scores"] for parameters, _ in self._tensors]
         words = self._present_words()
-        same = all(map(operator.is_, scores, self._scores)) and all(map(operator.is_, words, self._words))
+        same = _same(scores, self._scores) and _same(words, self._words)
         if not same or list(map(_version_of, words)) != self._versions:
             self._require_same_scores(scores)
             self._require_num_kept(words)
@@ -397,6 +380,35 @@ class SRPopup(torch.optim.Optimizer):
         """Remember the masks as they stand, to notice when others write to them."""
         self._words, self._versions = words, list(map(_version_of, words))
 
+    def _step_over(self, words: list[Tensor]) -> SearchStep:
+        """Return the step over the layers' present tensors, made anew when one of them was replaced."""
+        weights = [parameters["weight"] for parameters, _ in self._tensors]
+        effective = [
+            self._no_tensor if weight is None else weight
+            for weight in (layer.patchable_effective_weight for layer in self._layers.values())
+        ]
+        step, search = self._step, self._search
+        if step is None or not all(
+            map(_same, (words, weights, effective), (step.masks, step.weights, step.effective))
+        ):
+            step = self._step = SearchStep(
+                self._scores,
+                self._momenta,
+                words,
+                self._hyper,
+                search["num_kept"],
+                search["table"],
+                search["control"],
+                self._stats,
+                weights=weights,
+                effective=effective,
+                joint=self._joint,
+                pairs=search["pairs"],
+                seed=search["seed"],
+                workspace=self._workspace,
+            )
+        return step
+
     def _gradients(self) -> list[Tensor]:
         grads = [scores.grad for scores in self._scores]
         return [self._no_tensor if grad is None else grad.contiguous() for grad in grads]
@@ -443,6 +455,10 @@ class SRPopup(torch.optim.Optimizer):
                     self._group_hyper[i, j].fill_(value)
         if self._scaled:
             self._group_hyper[:, 4].fill_(1.0)
+
+
+def _same(present: Sequence[Any], known: Sequence[Any]) -> bool:
+    return all(map(operator.is_, present, known))
 
 
 def _require_seed(seed: Any) -> None:
