@@ -134,7 +134,8 @@ def test_instruction_sets_give_the_same_bits(capability: str) -> None:
         assert f"got {capability}" in found.stderr
         pytest.skip(f"this processor has no {capability}")
     assert found.stdout.strip() == capability
-    suite = ["tests/test_score_update.py", "tests/test_swap.py", "tests/test_threshold.py"]
+    names = ("pack_mask", "score_update", "swap", "threshold")
+    suite = [f"tests/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *suite, "-k", "not instruction_sets"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout

@@ -1,5 +1,5 @@
-// What one tile of a layer needs from the vector units. The bodies are written once (tile_kernels.h) and
-// compiled for each instruction set; all give the same bits.
+// What a tile of a layer, or a mask, needs from the vector units. The bodies are written once
+// (tile_kernels.h) and compiled for each instruction set; all give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,8 @@ struct TileKernels {
   const char* capability;
   bool (*all_finite)(const float* values, int64_t count);
   Counts (*run)(const Tile& tile);
+  void (*pack)(const uint8_t* bools, int64_t words, uint32_t* out);  // 32 bools a word, any but 0 is true
+  void (*unpack)(const uint32_t* in, int64_t words, uint8_t* bools);
 };
 
 extern const TileKernels kScalarKernels;

@@ -29,12 +29,25 @@ inline uint32_t operator<=(Vec x, Vec y) { return compare<_CMP_LE_OQ>(x, y); }
 inline uint32_t operator>=(Vec x, Vec y) { return compare<_CMP_GE_OQ>(x, y); }
 inline uint32_t operator<(Vec x, Vec y) { return compare<_CMP_LT_OQ>(x, y); }
 inline uint32_t operator>(Vec x, Vec y) { return y < x; }
+
+inline uint32_t word_of(const uint8_t* bools) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bools));
+  return ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256()));
+}
+inline void put_word(uint32_t word, uint8_t* bools) {
+  // Byte i gets the byte of the word that holds its bit, and keeps the bit.
+  const __m256i from = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(word)), from);
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bools), _mm256_and_si256(set, _mm256_set1_epi8(1)));
+}
 }  // namespace
 }  // namespace jackpot
 
 #include "tile_kernels.h"
 
 namespace jackpot {
-const TileKernels kAvx2Kernels = {"avx2", all_finite, run};
+const TileKernels kAvx2Kernels = {"avx2", all_finite, run, pack, unpack};
 }
 #endif

@@ -19,12 +19,20 @@ inline uint32_t operator<=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _
 inline uint32_t operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline uint32_t operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline uint32_t operator>(Vec a, Vec b) { return b < a; }
+
+inline uint32_t word_of(const uint8_t* bools) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bools));
+  return _mm256_test_epi8_mask(bytes, bytes);
+}
+inline void put_word(uint32_t word, uint8_t* bools) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bools), _mm256_maskz_set1_epi8(word, 1));
+}
 }  // namespace
 }  // namespace jackpot
 
 #include "tile_kernels.h"
 
 namespace jackpot {
-const TileKernels kAvx512Kernels = {"avx512", all_finite, run};
+const TileKernels kAvx512Kernels = {"avx512", all_finite, run, pack, unpack};
 }
 #endif

@@ -1,6 +1,7 @@
-// Included by one translation unit per instruction set, after its Vec: sixteen float32 lanes whose
-// comparisons give sixteen bits. Only intrinsics and plain functions may be used here: an inline function of
-// the standard library compiled for AVX-512 could be the copy the linker keeps for every machine.
+// Included by one translation unit per instruction set, after its Vec, sixteen float32 lanes whose
+// comparisons give sixteen bits, and its ways from 32 bools to a word and back. Only intrinsics and plain
+// functions may be used here: an inline function of the standard library compiled for AVX-512 could be the
+// copy the linker keeps for every machine.
 namespace jackpot {
 namespace {
 
@@ -112,6 +113,14 @@ class TileRun {
   const Vec minus_lr_, momentum_, weight_decay_, inv_scale_, low_, high_, kept_high_, pruned_low_;
   Counts counts_ = {};
 };
+
+void pack(const uint8_t* bools, int64_t words, uint32_t* out) {
+  for (int64_t i = 0; i < words; ++i) out[i] = word_of(bools + 32 * i);
+}
+
+void unpack(const uint32_t* in, int64_t words, uint8_t* bools) {
+  for (int64_t i = 0; i < words; ++i) put_word(in[i], bools + 32 * i);
+}
 
 Counts run(const Tile& tile) {
   if (!tile.grads) return TileRun<false, true>(tile).run();
