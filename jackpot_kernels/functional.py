@@ -253,8 +253,7 @@ def linear(
 ) -> Tensor:
     """Return ``masked_linear`` for a packed mask, and an effective weight in the compute dtype if at hand."""
     backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
-    x, bias = _as_compute_dtype(x, weight, bias)
-    _require_last("x", x, weight.shape[1])
+    x, bias = require_linear(x, weight, bias)
     if backend == "fused":
         _require_fused_dtypes(x=x)
     if backend == "reference":
@@ -284,8 +283,7 @@ def convolution(
 ) -> Tensor:
     """Return the convolution for a packed mask, and an effective weight in the compute dtype if at hand."""
     backend = choose_backend("masked_conv", backend, conv_op.KERNELS, x, weight, groups)
-    x, bias = _as_compute_dtype(x, weight, bias)
-    _require_channels(x, weight, groups)
+    x, bias = require_convolution(x, weight, bias, groups)
     batched = x.dim() == weight.dim()
     x = x if batched else x.unsqueeze(0)
     spatial = weight.dim() - 2
@@ -310,6 +308,22 @@ def convolution(
             x, weight, scores, words, effective_weight, bias, *window, backend
         )
     return y if batched else y.squeeze(0)
+
+
+def require_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return x and bias as a matmul computes with them, or say what does not fit."""
+    x, bias = _as_compute_dtype(x, weight, bias)
+    _require_last("x", x, weight.shape[1])
+    return x, bias
+
+
+def require_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return x and bias as a convolution computes with them, or say what does not fit."""
+    x, bias = _as_compute_dtype(x, weight, bias)
+    _require_channels(x, weight, groups)
+    return x, bias
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

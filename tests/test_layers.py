@@ -197,6 +197,12 @@ def test_errors(layer):
         MaskedLinear(0, 3)
     with pytest.raises(ValueError, match="x must have 4 or 3 dimensions and 4 channels"):
         layer(torch.ones(1, 5, 6, 6))
+    with pytest.raises(TypeError, match="x must be float32, got float64"):
+        layer(torch.ones(1, 4, 6, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x must have 2 elements in its last dimension, got shape \[3, 5\]"):
+        masked_of(nn.Linear(2, 4))(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="x must be on cpu, got meta"):
+        masked_of(nn.Linear(2, 4))(torch.ones(3, 2, device="meta"))
     layer.backend = "fast"
     with pytest.raises(ValueError, match="backend must be one of auto, fused, dense, reference, got 'fast'"):
         layer(torch.ones(1, 4, 6, 6))

@@ -1,6 +1,7 @@
 #include "rank_select.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -14,65 +15,176 @@ namespace jackpot {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kLine = 16;  // neighbours in memory, which cost no more than one
 
-// A window that a sample says will hold the k-th ranked element: four deviations of the sample's rank either
-// way.
-Window sampled_window(const Segments& segments, int64_t segment, int64_t k) {
-  const int64_t numel = segments.numel[segment];
-  const int64_t size = std::clamp<int64_t>(numel / 64, 1024, 32768);
-  std::vector<float> sample;
-  sample.reserve(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const uint64_t draw = pair_hash(0, 0, static_cast<uint32_t>(i));
-    const float value = value_at(segments, segment, static_cast<int64_t>(draw % numel));
-    if (!std::isnan(value)) sample.push_back(value);
+using Pivots = std::array<float, kPivots>;
+
+// One segment, gone through by all threads or by this one.
+struct Scan {
+  const Segments& segments;
+  int64_t segment;
+  bool shared;
+  Tiles tiles;
+
+  template <class Body>
+  void each(const Body& body) const {
+    if (shared) {
+      parallel_tiles(tiles, body);
+    } else {
+      tiles.each(0, tiles.size(), body);
+    }
   }
-  const int64_t found = static_cast<int64_t>(sample.size());
-  const double share = static_cast<double>(k) / static_cast<double>(numel);
-  const double margin = 4 * std::sqrt(share * (1 - share) * static_cast<double>(size)) + 2;
-  const auto quantile = [&](double at, float beyond_top, float beyond_bottom) {
-    const int64_t rank = static_cast<int64_t>(std::floor(at));
-    if (rank < 0) return beyond_top;
-    if (rank >= found) return beyond_bottom;
-    std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<float>());
-    return sample[rank];
+};
+
+// Where the k-th ranked value is, or above it where it is NaN; and how many values are how high.
+struct Range {
+  float low, high;
+  int64_t from_low, above_high;
+
+  int64_t inside() const { return from_low - above_high; }
+};
+
+// Values from places spread over a segment, none of them NaN.
+std::vector<float> sample(const Segments& segments, int64_t segment) {
+  struct Line {
+    const float* values;
+    int64_t count;
   };
-  const double center = share * static_cast<double>(size);
-  Window window = {};
-  window.high = quantile(center - margin, kInfinity, -kInfinity);
-  window.low = quantile(center + margin, kInfinity, -kInfinity);
-  window.kept_high = -kInfinity;
-  window.pruned_low = kInfinity;
-  return window;
+  const int64_t numel = segments.numel[segment];
+  std::vector<Line> lines(std::clamp<int64_t>(numel / 4096, 16, 256));
+  const int64_t part = numel / static_cast<int64_t>(lines.size());
+  for (size_t i = 0; i < lines.size(); ++i) {
+    // Anywhere in the i-th part, so that no pattern in the weights can meet one in the places.
+    const uint64_t place = pair_hash(0, 0, static_cast<uint32_t>(i)) % (part + 1);
+    const int64_t position = std::min<int64_t>(numel - 1, i * part + place);
+    const Layer& layer = layer_at(segments, segment, position);
+    lines[i] = {layer.scores + (position - layer.position),
+                std::min(kLine, layer.position + layer.numel - position)};
+    __builtin_prefetch(lines[i].values);
+    __builtin_prefetch(lines[i].values + lines[i].count - 1);
+  }
+  std::vector<float> values;
+  values.reserve(lines.size() * kLine);
+  for (const Line& line : lines) {
+    std::copy_if(line.values, line.values + line.count, std::back_inserter(values),
+                 [](float value) { return !std::isnan(value); });
+  }
+  return values;
 }
 
-// Histogram of one digit of the keys that share the digits above it.
-uint64_t radix_select(const Segments& segments, int64_t segment, int64_t k) {
-  constexpr int kDigits[3] = {11, 11, 10};
-  uint32_t prefix = 0;
-  int shift = 32;
-  for (const int digit : kDigits) {
-    shift -= digit;
-    std::vector<int64_t> histogram(size_t{1} << digit, 0);
-    for (int64_t layer = segments.first[segment]; layer < segments.end(segment); ++layer) {
-      const Layer& part = segments.layers[layer];
-      for (int64_t i = 0; i < part.numel; ++i) {
-        const uint64_t key = rank_key(part.scores[i]);
-        if (key >> (shift + digit) == prefix) ++histogram[(key >> shift) & ((1u << digit) - 1)];
+// Values of a sample around where the k-th should be, closest where it is most likely.  // ascending
+Pivots sampled_pivots(const Segments& segments, int64_t segment, int64_t k) {
+  constexpr double kDeviations[kPivots] = {4, 1.5, 0.7, 0.2, -0.2, -0.7, -1.5, -4};
+  std::vector<float> values = sample(segments, segment);
+  Pivots pivots = {};
+  if (values.empty()) return pivots;  // all that was met is NaN
+  const double size = static_cast<double>(values.size());
+  const double share = static_cast<double>(k) / static_cast<double>(segments.numel[segment]);
+  const double deviation = std::sqrt(share * (1 - share) * size) + 1;
+  std::array<int64_t, kPivots> ranks;
+  for (int j = 0; j < kPivots; ++j) {
+    ranks[j] = static_cast<int64_t>(std::clamp(share * size + kDeviations[j] * deviation, 0.0, size - 1));
+  }
+  const auto first = values.begin() + ranks.back(), last = values.begin() + ranks.front();
+  const std::greater<float> before;
+  std::nth_element(values.begin(), first, values.end(), before);
+  std::nth_element(first, last, values.end(), before);
+  std::sort(first, last, before);
+  for (int j = 0; j < kPivots; ++j) pivots[j] = values[ranks[j]];
+  return pivots;
+}
+
+float value_of_key(uint32_t key) { return score_of(static_cast<uint64_t>(key) << 32); }
+
+float value_before(float value) {
+  const uint32_t key = rank_key(value);
+  return value_of_key(key == rank_key(0.0f) ? key - 2 : key - 1);  // past -0, which equals +0
+}
+
+// The value after the lowest, which tells whether that one is the k-th, and others evenly up to the highest.
+Pivots even_pivots(const Range& range) {
+  const uint32_t low = rank_key(range.low), high = rank_key(range.high);
+  Pivots pivots;
+  for (int j = 0; j < kPivots; ++j) {
+    const uint64_t step = static_cast<uint64_t>(high - low) * j / kPivots;
+    pivots[j] = value_of_key(low + std::max<uint32_t>(1, static_cast<uint32_t>(step)));
+  }
+  return pivots;
+}
+
+void narrow(const Scan& scan, int64_t k, const Pivots& pivots, Range& range) {
+  std::array<int64_t, kPivots> counts = {};
+  scan.each([&](const TileRef& ref) {
+    int64_t found[kPivots];
+    const float* const values = scan.segments.layers[ref.layer].scores + ref.begin;
+    tile_kernels().count_from(values, ref.count, pivots.data(), found);
+    for (int j = 0; j < kPivots; ++j) __atomic_fetch_add(&counts[j], found[j], __ATOMIC_RELAXED);
+  });
+  int beyond = 0;  // the first pivot that the k-th does not reach
+  while (beyond < kPivots && counts[beyond] >= k) ++beyond;
+  if (beyond > 0) {
+    range.low = pivots[beyond - 1];
+    range.from_low = counts[beyond - 1];
+  }
+  if (beyond < kPivots) {
+    range.high = value_before(pivots[beyond]);
+    range.above_high = counts[beyond];
+  }
+}
+
+// The k-th where few values are in the range; 0 when it is NaN.
+uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
+  const std::unique_ptr<uint64_t[]> memory(new uint64_t[range.inside()]);
+  const CandidateList list = {memory.get(), range.inside()};
+  int64_t inside = 0, above = 0;
+  const uint32_t low = rank_key(range.low), high = rank_key(range.high);
+  scan.each([&](const TileRef& ref) {
+    uint64_t kept[kTileRanks], pruned[kTileRanks];
+    Tile tile = make_tile(scan.segments, ref);
+    tile.mask = nullptr;  // every element is a candidate of one list
+    tile.window = {range.low, range.high, -kInfinity, kInfinity};
+    tile.kept = kept;
+    tile.pruned = pruned;
+    const Counts found = tile_kernels().run(tile);
+    // Infinities and NaN are emitted even where they are outside.
+    uint64_t* const end = std::partition(pruned, pruned + found.pruned_out, [&](uint64_t rank) {
+      return key_of(rank) >= low && key_of(rank) <= high;
+    });
+    list.append(inside, pruned, end - pruned);
+    __atomic_fetch_add(&above, found.above, __ATOMIC_RELAXED);
+  });
+  if (above >= k) return 0;
+  uint64_t* const kth = memory.get() + (k - above - 1);
+  std::nth_element(memory.get(), kth, memory.get() + inside, std::greater<uint64_t>());
+  return *kth;
+}
+
+// The k-th where it is one of many that are equal: the one whose position says so.
+uint64_t select_equal(const Scan& scan, int64_t k, uint32_t key) {
+  const auto first = scan.segments.layers.begin() + scan.segments.first[scan.segment];
+  const auto end = scan.segments.layers.begin() + scan.segments.end(scan.segment);
+  for (auto layer = first; layer < end; ++layer) {
+    k -= std::count_if(layer->scores, layer->scores + layer->numel,
+                       [&](float value) { return rank_key(value) > key; });
+  }
+  for (auto layer = first; layer < end; ++layer) {
+    for (int64_t i = 0; i < layer->numel; ++i) {
+      if (rank_key(layer->scores[i]) == key && --k == 0) {
+        return rank_of(layer->scores[i], static_cast<uint32_t>(layer->position + i));
       }
     }
-    uint32_t bin = (1u << digit) - 1;
-    for (; k > histogram[bin]; --bin) k -= histogram[bin];
-    prefix = prefix << digit | bin;
   }
-  for (int64_t layer = segments.first[segment];; ++layer) {  // the k-th of the equal keys, by position
-    const Layer& part = segments.layers[layer];
-    for (int64_t i = 0; i < part.numel; ++i) {
-      if (rank_key(part.scores[i]) == prefix && --k == 0) {
-        return rank_of(part.scores[i], static_cast<uint32_t>(part.position + i));
-      }
-    }
-  }
+  return 0;  // it ranks above them
+}
+
+uint64_t select(const Scan& scan, int64_t k) {
+  const int64_t numel = scan.segments.numel[scan.segment], few = numel / 64 + 1024;
+  Range range = {-kInfinity, kInfinity, numel, 0};
+  if (numel > few) narrow(scan, k, sampled_pivots(scan.segments, scan.segment, k), range);
+  while (range.inside() > few && range.low < range.high) narrow(scan, k, even_pivots(range), range);
+  const uint64_t rank =
+      range.inside() > few ? select_equal(scan, k, rank_key(range.low)) : select_inside(scan, k, range);
+  return rank ? rank : select_equal(scan, k, rank_key(std::numeric_limits<float>::quiet_NaN()));
 }
 
 }  // namespace
@@ -80,44 +192,21 @@ uint64_t radix_select(const Segments& segments, int64_t segment, int64_t k) {
 void rank_select(const Segments& segments, const std::vector<int64_t>& which, const std::vector<int64_t>& ks,
                  std::vector<uint64_t>& ranks) {
   const int64_t count = static_cast<int64_t>(which.size());
-  std::vector<Counts> counts(count);
-  std::vector<Candidates> found;
-  std::vector<Window> windows(count);
-  std::vector<std::unique_ptr<uint64_t[]>> memory(count);
-  std::vector<int64_t> request_of(segments.size());
-  parallel_each(count, [&](int64_t i) { windows[i] = sampled_window(segments, which[i], ks[i]); });
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t capacity = segments.numel[which[i]] / 8 + 2048;
-    memory[i].reset(new uint64_t[capacity]);
-    found.push_back({&counts[i], {nullptr, 0}, {memory[i].get(), capacity}});
-    request_of[which[i]] = i;
-  }
-  parallel_tiles(Tiles(segments, which), [&](const TileRef& ref) {
-    uint64_t kept[kTileRanks], pruned[kTileRanks];
-    const int64_t request = request_of[segments.layers[ref.layer].segment];
-    Tile tile = make_tile(segments, ref);
-    tile.mask = nullptr;  // every element is a candidate of one list
-    tile.window = windows[request];
-    tile.kept = kept;
-    tile.pruned = pruned;
-    found[request].append(tile, tile_kernels().run(tile));
-  });
   ranks.resize(count);
+  int64_t total = 0;
+  for (const int64_t segment : which) total += segments.numel[segment];
+  // A segment that is more than one thread's share is gone through by all threads.
+  const auto is_large = [&](int64_t i) {
+    return segments.numel[which[i]] > std::max<int64_t>(kTile, total / torch::stable::get_num_threads());
+  };
+  const auto select_at = [&](int64_t i, bool shared) {
+    ranks[i] = select({segments, which[i], shared, Tiles(segments, {which[i]})}, ks[i]);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_large(i)) select_at(i, true);
+  }
   parallel_each(count, [&](int64_t i) {
-    uint64_t* const begin = found[i].pruned.ranks;
-    uint64_t* end = begin;
-    if (found[i].complete()) {  // infinities and NaN above the window are emitted too
-      const uint32_t low = rank_key(windows[i].low), high = rank_key(windows[i].high);
-      end = std::partition(begin, begin + counts[i].pruned_out,
-                           [&](uint64_t rank) { return key_of(rank) >= low && key_of(rank) <= high; });
-    }
-    const int64_t k = ks[i] - counts[i].above;
-    if (k < 1 || k > end - begin) {
-      ranks[i] = radix_select(segments, which[i], ks[i]);
-      return;
-    }
-    std::nth_element(begin, begin + k - 1, end, std::greater<uint64_t>());
-    ranks[i] = begin[k - 1];
+    if (!is_large(i)) select_at(i, false);
   });
 }
 

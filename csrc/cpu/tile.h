@@ -11,6 +11,8 @@ constexpr int64_t kTile = 4096;
 // Ranks are written four at a time, the last ones perhaps past the end of a full list.
 constexpr int64_t kTileRanks = kTile + 4;
 
+constexpr int kPivots = 8;
+
 // Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.
 struct Window {
   float low, high;
@@ -39,6 +41,8 @@ struct Tile {
 struct TileKernels {
   const char* capability;
   bool (*all_finite)(const float* values, int64_t count);
+  // How many values rank at or above each of the pivots, which are numbers.
+  void (*count_from)(const float* values, int64_t count, const float* pivots, int64_t* counts);
   Counts (*run)(const Tile& tile);
   void (*pack)(const uint8_t* bools, int64_t words, uint32_t* out);  // 32 bools a word, any but 0 is true
   void (*unpack)(const uint32_t* in, int64_t words, uint8_t* bools);
