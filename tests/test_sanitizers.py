@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUITE = ("test_pack_mask.py", "test_score_update.py", "test_swap.py", "test_threshold.py")
+SUITE = (
+    "test_pack_mask.py",
+    "test_score_update.py",
+    "test_search_step.py",
+    "test_swap.py",
+    "test_threshold.py",
+)
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 

@@ -26,6 +26,14 @@ struct Scan {
   bool shared;
   Tiles tiles;
 
+  void add(int64_t& sum, int64_t count) const {
+    if (shared) {
+      __atomic_fetch_add(&sum, count, __ATOMIC_RELAXED);
+    } else {
+      sum += count;
+    }
+  }
+
   template <class Body>
   void each(const Body& body) const {
     if (shared) {
@@ -118,7 +126,7 @@ void narrow(const Scan& scan, int64_t k, const Pivots& pivots, Range& range) {
     int64_t found[kPivots];
     const float* const values = scan.segments.layers[ref.layer].scores + ref.begin;
     tile_kernels().count_from(values, ref.count, pivots.data(), found);
-    for (int j = 0; j < kPivots; ++j) __atomic_fetch_add(&counts[j], found[j], __ATOMIC_RELAXED);
+    for (int j = 0; j < kPivots; ++j) scan.add(counts[j], found[j]);
   });
   int beyond = 0;  // the first pivot that the k-th does not reach
   while (beyond < kPivots && counts[beyond] >= k) ++beyond;
@@ -151,7 +159,7 @@ uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
       return key_of(rank) >= low && key_of(rank) <= high;
     });
     list.append(inside, pruned, end - pruned);
-    __atomic_fetch_add(&above, found.above, __ATOMIC_RELAXED);
+    scan.add(above, found.above);
   });
   if (above >= k) return 0;
   uint64_t* const kth = memory.get() + (k - above - 1);

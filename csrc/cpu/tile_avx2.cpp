@@ -30,6 +30,23 @@ inline uint32_t operator>=(Vec x, Vec y) { return compare<_CMP_GE_OQ>(x, y); }
 inline uint32_t operator<(Vec x, Vec y) { return compare<_CMP_LT_OQ>(x, y); }
 inline uint32_t operator>(Vec x, Vec y) { return y < x; }
 
+// In how many lanes comparisons held.
+struct Tally {
+  __m256i lanes;
+  static Tally zero() { return {_mm256_setzero_si256()}; }
+  void add_less(Vec x, Vec y) {
+    lanes = _mm256_sub_epi32(lanes, _mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)));
+    lanes = _mm256_sub_epi32(lanes, _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
+  }
+  int64_t total() const {
+    int32_t counts[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts), lanes);
+    int64_t sum = 0;
+    for (const int32_t count : counts) sum += count;
+    return sum;
+  }
+};
+
 inline uint32_t word_of(const uint8_t* bools) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bools));
   return ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256()));

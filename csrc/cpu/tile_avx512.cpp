@@ -20,6 +20,23 @@ inline uint32_t operator>=(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _
 inline uint32_t operator<(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 inline uint32_t operator>(Vec a, Vec b) { return b < a; }
 
+// In how many lanes comparisons held.
+struct Tally {
+  __m512i lanes;
+  static Tally zero() { return {_mm512_setzero_si512()}; }
+  void add_less(Vec x, Vec y) {
+    const __m512i all = _mm512_set1_epi32(-1);
+    lanes = _mm512_mask_sub_epi32(lanes, _mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), lanes, all);
+  }
+  int64_t total() const {
+    int32_t counts[16];
+    _mm512_storeu_si512(counts, lanes);
+    int64_t sum = 0;
+    for (const int32_t count : counts) sum += count;
+    return sum;
+  }
+};
+
 inline uint32_t word_of(const uint8_t* bools) {
   const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bools));
   return _mm256_test_epi8_mask(bytes, bytes);

@@ -1,7 +1,7 @@
 // Included by one translation unit per instruction set, after its Vec, sixteen float32 lanes whose
-// comparisons give sixteen bits, and its ways from 32 bools to a word and back. Only intrinsics and plain
-// functions may be used here: an inline function of the standard library compiled for AVX-512 could be the
-// copy the linker keeps for every machine.
+// comparisons give sixteen bits, its Tally of them, and its ways from 32 bools to a word and back. Only
+// intrinsics and plain functions may be used here: an inline function of the standard library compiled for
+// AVX-512 could be the copy the linker keeps for every machine.
 namespace jackpot {
 namespace {
 
@@ -25,23 +25,20 @@ bool all_finite(const float* values, int64_t count) {
 
 void count_from(const float* values, int64_t count, const float* pivots, int64_t* counts) {
   Vec pivot[kPivots];
-  for (int j = 0; j < kPivots; ++j) pivot[j] = Vec::splat(pivots[j]);
-  int64_t below[kPivots] = {}, i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    Vec v[kGroup / kLanes];
-    for (int part = 0; part < kGroup / kLanes; ++part) v[part] = Vec::load(values + i + part * kLanes);
-    for (int j = 0; j < kPivots; ++j) {
-      uint64_t bits = 0;
-      for (int part = 0; part < kGroup / kLanes; ++part) {
-        bits |= static_cast<uint64_t>(v[part] < pivot[j]) << part * kLanes;
-      }
-      below[j] += __builtin_popcountll(bits);
-    }
+  Tally below[kPivots];
+  for (int j = 0; j < kPivots; ++j) {
+    pivot[j] = Vec::splat(pivots[j]);
+    below[j] = Tally::zero();
   }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vec v = Vec::load(values + i);
+    for (int j = 0; j < kPivots; ++j) below[j].add_less(v, pivot[j]);
+  }
+  for (int j = 0; j < kPivots; ++j) counts[j] = count - below[j].total();
   for (; i < count; ++i) {
-    for (int j = 0; j < kPivots; ++j) below[j] += values[i] < pivots[j];
+    for (int j = 0; j < kPivots; ++j) counts[j] -= values[i] < pivots[j];
   }
-  for (int j = 0; j < kPivots; ++j) counts[j] = count - below[j];
 }
 
 // The ranks of the chosen elements of one group, appended to `out`, which has room for four more. Most groups

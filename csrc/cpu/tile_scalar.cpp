@@ -38,6 +38,16 @@ inline uint32_t operator<(Vec a, Vec b) {
 }
 inline uint32_t operator>(Vec a, Vec b) { return b < a; }
 
+// In how many lanes comparisons held.
+struct Tally {
+  int64_t lanes;
+  static Tally zero() { return {0}; }
+  void add_less(Vec x, Vec y) {
+    for (int i = 0; i < 16; ++i) lanes += x.v[i] < y.v[i];
+  }
+  int64_t total() const { return lanes; }
+};
+
 constexpr uint64_t kEachByte = 0x0101010101010101;
 
 // Eight bools as bits: a multiplication brings the lowest bit of byte i to bit 56 + i.
