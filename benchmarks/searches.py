@@ -65,6 +65,8 @@ class Search:
     def fork(self) -> "Search":
         """Return a search of its own that goes on from here."""
         twin = deepcopy(self)
+        # A copy of an optimizer takes some thirty steps to aim as closely as the search has learnt to.
+        twin.optimizer._workspace.copy_(self.optimizer._workspace)
         twin._attach()
         return twin
 

@@ -258,25 +258,6 @@ std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, co
   return patches;
 }
 
-// Chooses from the candidates where they suffice, and among all scores where they do not.
-std::vector<Exchange> choose(const Segments& segments, const SwapSettings& settings, const Request& request,
-                             const std::optional<Workspace>& workspace) {
-  std::vector<Exchange> exchanges(segments.size());
-  std::vector<uint8_t> done(segments.size(), 0);
-  if (workspace) {
-    parallel_each(segments.size(), [&](int64_t s) {
-      done[s] = exchange_candidates(*workspace->records[s], workspace->candidates[s], request,
-                                    settings.num_kept + 2 * s, exchanges[s]);
-    });
-  }
-  std::vector<int64_t> cold;
-  for (int64_t s = 0; s < segments.size(); ++s) {
-    if (!done[s]) cold.push_back(s);
-  }
-  if (!cold.empty()) exchange_scanned(segments, cold, settings.num_kept, request, exchanges);
-  return exchanges;
-}
-
 }  // namespace
 
 SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, const Tensors& weights,
@@ -303,16 +284,32 @@ void swap(const Segments& segments, const SwapSettings& settings, const int64_t*
   STD_TORCH_CHECK(step >= 1 && step <= settings.total_steps, "control[0] must be in [1, ",
                   settings.total_steps, "], the steps of schedule, got ", step);
   const Request request(settings, step), next(settings, std::min(step + 1, settings.total_steps));
-  std::vector<Exchange> exchanges = choose(segments, settings, request, workspace);
-  parallel_each(segments.size(), [&](int64_t s) {
-    Exchange& exchange = exchanges[s];
+  const auto finish = [&](int64_t s, const Exchange& exchange) {
     const float threshold = value_at(segments, s, position_of(exchange.threshold));
     apply(segments, s, exchange, settings.patches);
     const int64_t stat[5] = {exchange.proposed, exchange.entered, exchange.left,
                              static_cast<int32_t>(float_bits(threshold)), exchange.cold};
     std::copy(stat, stat + 5, stats + 5 * s);
     if (workspace) arm(*workspace->records[s], exchange, threshold, next, settings.num_kept + 2 * s);
-  });
+  };
+
+  std::vector<uint8_t> done(segments.size(), 0);
+  if (workspace) {
+    parallel_each(segments.size(), [&](int64_t s) {
+      Exchange exchange;
+      done[s] = exchange_candidates(*workspace->records[s], workspace->candidates[s], request,
+                                    settings.num_kept + 2 * s, exchange);
+      if (done[s]) finish(s, exchange);
+    });
+  }
+  std::vector<int64_t> cold;
+  for (int64_t s = 0; s < segments.size(); ++s) {
+    if (!done[s]) cold.push_back(s);
+  }
+  if (cold.empty()) return;
+  std::vector<Exchange> exchanges(segments.size());
+  exchange_scanned(segments, cold, settings.num_kept, request, exchanges);
+  parallel_each(static_cast<int64_t>(cold.size()), [&](int64_t i) { finish(cold[i], exchanges[cold[i]]); });
 }
 
 namespace {
