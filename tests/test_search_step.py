@@ -95,6 +95,12 @@ def test_finds_memory_that_moved() -> None:
             lambda search: setattr(search.effective[0], "data", torch.zeros(3)),
             "effective must have the weight",
         ),
+        (
+            lambda search: [
+                setattr(t[0], "data", torch.zeros(3)) for t in (search.weights, search.effective)
+            ],
+            "weights must have the scores' shapes",
+        ),
         (lambda search: search.num_kept.resize_(1, 2), "num_kept must be"),
         (lambda search: search.workspace.resize_(5), "workspace must be made for these layers"),
         (lambda search: search.control.fill_(5), r"control\[0\] must be in \[0, 5\) before a step, got 5"),

@@ -14,9 +14,10 @@ namespace jackpot {
 class Patch {
  public:
   // An empty `effective` leaves only the bits to change.
-  Patch(const Tensor& mask, const Tensor* weight, const Tensor* effective)
+  Patch(const Tensor& mask, const Tensor* weight, const Tensor* effective, int64_t numel)
       : words_(static_cast<uint32_t*>(mask.data_ptr())) {
     if (!effective || effective->numel() == 0) return;
+    STD_TORCH_CHECK(weight->numel() == numel, "weights must have the scores' shapes");
     STD_TORCH_CHECK(weight->numel() == effective->numel() && weight->is_cpu() && effective->is_cpu(),
                     "effective must have the weight's shape and device");
     weight_ = weight->data_ptr();

@@ -246,14 +246,15 @@ Pairs pairs_named(const std::string& name) {
   return Pairs::kRandom;
 }
 
-std::vector<Patch> make_patches(const Tensors& masks, const Tensors& weights, const Tensors& effective) {
+std::vector<Patch> make_patches(const Segments& segments, const Tensors& masks, const Tensors& weights,
+                                const Tensors& effective) {
   STD_TORCH_CHECK(weights.size() == effective.size() && (weights.empty() || weights.size() == masks.size()),
                   "weights and effective must both be empty or have one entry a layer");
   std::vector<Patch> patches;
   patches.reserve(masks.size());
   for (size_t i = 0; i < masks.size(); ++i) {
     patches.emplace_back(masks[i], weights.empty() ? nullptr : &weights[i],
-                         weights.empty() ? nullptr : &effective[i]);
+                         weights.empty() ? nullptr : &effective[i], segments.layers[i].numel);
   }
   return patches;
 }
@@ -268,7 +269,7 @@ SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, 
   require_cpu(schedule, ScalarType::Double, "schedule");
   STD_TORCH_CHECK(num_kept.numel() == 2 * segments.size(), "num_kept must be [segments, 2]");
   STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
-  return {make_patches(masks, weights, effective),
+  return {make_patches(segments, masks, weights, effective),
           static_cast<const int64_t*>(num_kept.data_ptr()),
           static_cast<const double*>(schedule.data_ptr()),
           schedule.size(0),
