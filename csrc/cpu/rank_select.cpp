@@ -59,7 +59,7 @@ std::vector<float> sample(const Segments& segments, int64_t segment) {
     int64_t count;
   };
   const int64_t numel = segments.numel[segment];
-  std::vector<Line> lines(std::clamp<int64_t>(numel / 4096, 16, 256));
+  std::vector<Line> lines(std::clamp<int64_t>(numel / 8192, 4, 256));
   const int64_t part = numel / static_cast<int64_t>(lines.size());
   for (size_t i = 0; i < lines.size(); ++i) {
     // Anywhere in the i-th part, so that no pattern in the weights can meet one in the places.
@@ -140,7 +140,20 @@ void narrow(const Scan& scan, int64_t k, const Pivots& pivots, Range& range) {
   }
 }
 
-// The k-th where few values are in the range; 0 when it is NaN.
+// Where the k-th is if values lie evenly in the range, four deviations either way: a tenth of them or so. To
+// take them all cost ResNet-32's 32 layers a third of the whole.
+Range likely(const Range& range, int64_t k) {
+  const double inside = static_cast<double>(range.inside());
+  const double share = static_cast<double>(k - range.above_high) / inside;
+  const double margin = (4 * std::sqrt(share * (1 - share) * inside) + 8) / inside;
+  const double width = static_cast<double>(range.high) - range.low;
+  const auto below_high = [&](double part) {
+    return static_cast<float>(range.high - std::clamp(part, 0.0, 1.0) * width);
+  };
+  return {below_high(share + margin), below_high(share - margin), range.from_low, range.above_high};
+}
+
+// The k-th where few values are in the range; 0 when it is not there, as NaN never is.
 uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
   const std::unique_ptr<uint64_t[]> memory(new uint64_t[range.inside()]);
   const CandidateList list = {memory.get(), range.inside()};
@@ -161,7 +174,7 @@ uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
     list.append(inside, pruned, end - pruned);
     scan.add(above, found.above);
   });
-  if (above >= k) return 0;
+  if (above >= k || above + inside < k) return 0;
   uint64_t* const kth = memory.get() + (k - above - 1);
   std::nth_element(memory.get(), kth, memory.get() + inside, std::greater<uint64_t>());
   return *kth;
@@ -190,8 +203,13 @@ uint64_t select(const Scan& scan, int64_t k) {
   Range range = {-kInfinity, kInfinity, numel, 0};
   if (numel > few) narrow(scan, k, sampled_pivots(scan.segments, scan.segment, k), range);
   while (range.inside() > few && range.low < range.high) narrow(scan, k, even_pivots(range), range);
-  const uint64_t rank =
-      range.inside() > few ? select_equal(scan, k, rank_key(range.low)) : select_inside(scan, k, range);
+  uint64_t rank = 0;
+  if (range.inside() > few) {
+    rank = select_equal(scan, k, rank_key(range.low));
+  } else {
+    if (std::isfinite(range.high - range.low)) rank = select_inside(scan, k, likely(range, k));
+    if (!rank) rank = select_inside(scan, k, range);
+  }
   return rank ? rank : select_equal(scan, k, rank_key(std::numeric_limits<float>::quiet_NaN()));
 }
 
