@@ -91,7 +91,13 @@ def graphed(call: Call, warm_up: Call | None = None) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> Call:
+        graph.replay()
+        # With it lives all that it reads and writes, such as the state of an optimizer.
+        return call
+
+    return replay
 
 
 def sync_free_step(state: State, gradients: list[Tensor]) -> Call:

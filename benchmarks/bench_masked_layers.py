@@ -8,7 +8,8 @@ replay of a graph, so that no host is measured. All see bfloat16, and convolutio
     library    the dense call on a weight that is masked already; the score gradient lacks its factor
     dense      our layer with backend="dense"
     fused      our layer with backend="fused"
-    auto       whichever of these two "auto" chooses: the same kernels, hence the same time
+    mixed      our layer with backend="mixed"
+    auto       whichever of these three "auto" chooses: the same kernels, hence the same time
 
 What a run has finished is kept: the next one with the same commit and versions goes on from there.
 """
@@ -36,10 +37,8 @@ from benchmarks.paper.runs import commit
 from benchmarks.report import RESULTS
 from benchmarks.shapes import FAMILIES, TINY_FAMILIES, Layer
 from jackpot_kernels.models import VGG19
-from jackpot_kernels.ops import masked_conv, masked_linear
-from jackpot_kernels.ops.dispatch import choose_backend
 
-EXECUTORS = ("eager", "compile", "library", "dense", "fused")
+EXECUTORS = ("eager", "compile", "library", "dense", "mixed", "fused")
 # How many products of the size of a forward pass a mode consists of.
 MODES = {"forward": 1, "backward": 2, "both": 3}
 KEPT = 0.1
@@ -94,13 +93,6 @@ class Problem:
         layer = (jk.MaskedLinear if self.shape.is_linear else jk.MaskedConv2d).from_dense(plain)
         layer.mask, layer.backend = self.kept, backend
         return layer
-
-    def chosen(self) -> str:
-        """Return what "auto" stands for."""
-        operation, module = (
-            ("masked_linear", masked_linear) if self.shape.is_linear else ("masked_conv", masked_conv)
-        )
-        return choose_backend(operation, "auto", module.KERNELS, self.x, self.weight, self.shape.groups)
 
 
 class Contender(NamedTuple):
@@ -263,7 +255,6 @@ def measure(
                     "bytes": least_bytes(shape, mode),
                     "tflops": products * shape.flops / median / 1e12,
                     "peak_bytes": peaks[name],
-                    "auto": problem.chosen(),
                 }
             )
     return rows

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.figure import Figure as Plot
 
 from benchmarks.shapes import Layer
+from jackpot_kernels.ops.dispatch import Problem, decide, rules_for
 
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]
 
-# The share that "auto" may be slower than the better of its two backends.
+# The share that "auto" may be slower than the best of its backends.
 SLACK = 1.05
+OURS = ("dense", "mixed", "fused")
 
 
 class Cell(NamedTuple):
@@ -41,15 +44,26 @@ class Target(NamedTuple):
         )
 
 
-def medians(rows: Iterable[Row]) -> dict[Cell, dict[str, float]]:
-    """Return the median seconds of each executor, "auto" among them where it was measured."""
+def medians(record: Record) -> dict[Cell, dict[str, float]]:
+    """Return the median seconds of each executor, "auto" among them where what it stands for was measured."""
     cells: dict[Cell, dict[str, float]] = {}
-    for row in rows:
+    for row in record["rows"]:
         cell = cells.setdefault(Cell(row["family"], row["layer"], row["mode"]), {})
         cell[row["executor"]] = row["median_s"]
-        if row["executor"] == row.get("auto"):
-            cell["auto"] = row["median_s"]
+    layers = shapes(record["rows"])
+    for cell, times in cells.items():
+        choice = auto(record["device"], layers[cell.layer])
+        if choice in times and cell.mode != "score gradient":
+            times["auto"] = times[choice]
     return cells
+
+
+def auto(device: str, layer: Layer) -> str:
+    """Return the backend that "auto" stands for on a device, by the rules as they are now."""
+    operation = "masked_linear" if layer.is_linear else "masked_conv"
+    rows, columns, *window = layer.weight
+    problem = Problem(layer.tokens, rows, columns, tuple(window), layer.groups, torch.bfloat16)
+    return decide(rules_for(device).get(operation, ()), problem)
 
 
 def shapes(rows: Iterable[Row]) -> dict[str, Layer]:
@@ -59,7 +73,7 @@ def shapes(rows: Iterable[Row]) -> dict[str, Layer]:
 
 def targets(record: Record) -> list[Target]:
     """Return every figure of the issue that asked for the kernels."""
-    cells, layers = medians(record["rows"]), shapes(record["rows"])
+    cells, layers = medians(record), shapes(record["rows"])
 
     def figure(
         title: str, limit: float, mode: str, over: str, under: str, holds: Callable[[Cell, Layer], bool]
@@ -71,9 +85,9 @@ def targets(record: Record) -> list[Target]:
         ]
         return Target(title, statistics.geometric_mean(ratios) if ratios else None, limit, len(ratios))
 
-    # "auto" against the better of the two that it chooses from, where it does worst.
+    # "auto" against the best of those that it chooses from, where it does worst.
     choices = [
-        min(times["dense"], times["fused"]) / times["auto"]
+        min(times[backend] for backend in OURS if backend in times) / times["auto"]
         for cell, times in cells.items()
         if {"dense", "fused", "auto"} <= times.keys() and cell.mode in ("forward", "both")
     ]
@@ -92,7 +106,7 @@ def targets(record: Record) -> list[Target]:
         ),
         figure("library / auto, all shapes, forward", 0.97, "forward", "library", "auto", lambda *_: True),
         Target(
-            "better of dense and fused / auto, the worst of all shapes",
+            "best of dense, mixed and fused / auto, the worst of all shapes",
             min(choices, default=None),
             1 / SLACK,
             len(choices),
@@ -137,11 +151,11 @@ def write_report(record: Record, folder: Path) -> str:
         for t in targets(record)
     ]
     summary = _markdown(["geometric means of ratios of medians", "target", "measured", "shapes", ""], lines)
-    cells = medians(record["rows"])
+    cells = medians(record)
     parts = [summary]
     for family in dict.fromkeys(cell.family for cell in cells):
         of_family = {cell: times for cell, times in cells.items() if cell.family == family}
-        parts += [f"## {family}", _table(family, record["rows"])]
+        parts += [f"## {family}", _table(family, record)]
         _plot(family, of_family, folder / f"masked_layers_{_slug(family)}.png")
     parts.append(
         "\n".join(
@@ -157,16 +171,17 @@ def write_report(record: Record, folder: Path) -> str:
     return summary
 
 
-def _table(family: str, rows: Sequence[Row]) -> str:
+def _table(family: str, record: Record) -> str:
+    choices = {name: auto(record["device"], layer) for name, layer in shapes(record["rows"]).items()}
     lines = [
         [
             row["layer"],
             row["mode"],
-            row["executor"] + (" (auto)" if row["executor"] == row.get("auto") else ""),
+            row["executor"] + (" (auto)" if row["executor"] == choices[row["layer"]] else ""),
             f"{row['median_s'] * 1e6:.1f}",
             *(f"{row[name] * scale:.4g}" if name in row else "" for name, scale in _COLUMNS.values()),
         ]
-        for row in rows
+        for row in record["rows"]
         if row["family"] == family
     ]
     return _markdown(["layer", "mode", "executor", "median, µs", *_COLUMNS], lines)
@@ -229,14 +244,15 @@ KINDS = (
 def rules(record: Record) -> str:
     """Return the entry of ``RULES`` in ``jackpot_kernels/ops/dispatch.py`` that the measurements support.
 
-    A rule takes "fused" for a kind of layers up to some tokens and from some weights on: the bounds with the
-    largest gain, among those within which fused is nowhere slower than dense by more than 5 %.
+    A rule takes "mixed" or "fused" for a kind of layers, up to some tokens, from some weights on: the one and
+    the bounds with the largest gain, if it is nowhere within them slower than dense by more than 5 %.
     """
     entries: dict[str, list[str]] = {}
     for kind in KINDS:
-        bounds = _best_bounds(record["rows"], kind.holds)
-        if bounds:
-            tokens, weights, gain, count = bounds
+        found = {name: _best_bounds(record, kind.holds, name) for name in OURS[1:]}
+        best = max((name for name in found if found[name]), key=lambda name: found[name].total, default=None)
+        if best:
+            tokens, weights, gain, count, _ = found[best]
             conditions = [
                 kind.condition,
                 "p.dtype.itemsize == 2",
@@ -246,7 +262,7 @@ def rules(record: Record) -> str:
             condition = " and ".join(filter(None, conditions))
             entries.setdefault(kind.operation, []).append(
                 f"            # {gain:.3g} times as fast as dense in the geometric mean of {count} shapes.\n"
-                f'            Rule("fused", lambda p: {condition}),\n'
+                f'            Rule("{best}", lambda p: {condition}),\n'
             )
     body = "".join(
         f'        "{operation}": (\n{"".join(lines)}        ),\n' for operation, lines in entries.items()
@@ -254,34 +270,42 @@ def rules(record: Record) -> str:
     return f'    "{record["device"]}*": {{\n{body}    }},' if body else f"# none for {record['device']}"
 
 
-def _best_bounds(rows: Sequence[Row], holds: Callable[[Layer], bool]) -> tuple[int, int, float, int] | None:
-    """Return tokens, weights, the gain within them and the number of shapes; None where nothing is gained."""
-    layers = shapes(rows)
+class Bounds(NamedTuple):
+    """Within which a backend gains; ``total`` is the sum of the logarithms of its gains."""
+
+    tokens: int  # at most
+    weights: int  # at least
+    gain: float  # in the geometric mean
+    count: int  # of shapes
+    total: float
+
+
+def _best_bounds(record: Record, holds: Callable[[Layer], bool], backend: str) -> Bounds | None:
+    """Return the bounds with the largest gain of a backend over "dense"; None where nothing is gained."""
+    layers = shapes(record["rows"])
     gains: dict[str, list[float]] = {}
-    for cell, times in medians(rows).items():
+    for cell, times in medians(record).items():
         if (
             holds(layers[cell.layer])
             and cell.mode in ("forward", "both")
-            and {"dense", "fused"} <= times.keys()
+            and {"dense", backend} <= times.keys()
         ):
-            gains.setdefault(cell.layer, []).append(times["dense"] / times["fused"])
+            gains.setdefault(cell.layer, []).append(times["dense"] / times[backend])
     points = [
         (layers[name].tokens, math.prod(layers[name].weight), min(values), values[-1])
         for name, values in gains.items()
     ]
-    best: tuple[float, int, int, list[float]] | None = None
+    best: Bounds | None = None
     for tokens in {point[0] for point in points}:
         for weights in {point[1] for point in points}:
             inside = [p for p in points if p[0] <= tokens and p[1] >= weights]
             if not inside or min(p[2] for p in inside) < 1 / SLACK:
                 continue
             total = sum(math.log(p[3]) for p in inside)
-            if total > 0 and (best is None or total > best[0]):
-                best = total, tokens, weights, [p[3] for p in inside]
-    if best is None:
-        return None
-    _, tokens, weights, values = best
-    return tokens, weights, statistics.geometric_mean(values), len(values)
+            if total > 0 and (best is None or total > best.total):
+                mean = statistics.geometric_mean([p[3] for p in inside])
+                best = Bounds(tokens, weights, mean, len(inside), total)
+    return best
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ from jackpot_kernels._validate import (
     require_dtype,
     require_shape,
 )
+from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops import masked_conv as conv_op
 from jackpot_kernels.ops import masked_linear as linear_op
 from jackpot_kernels.ops.dispatch import choose_backend
@@ -44,8 +45,8 @@ def masked_linear(
         mask: bool, or the int32 words of ``pack_mask``.  # [M, K] or [ceil(M * K / 32)]
         bias: the dtype of ``weight``.  # [M]
         backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's matmul), "fused"
-            (Triton, the mask applied in registers; it can be differentiated only once) or "reference" (plain
-            PyTorch).
+            (Triton, the mask applied in registers), "mixed" ("dense", but the score gradient "fused") or
+            "reference" (plain PyTorch). "fused" and "mixed" can be differentiated only once.
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.linear``.  # [..., M]
@@ -53,7 +54,7 @@ def masked_linear(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device or backend does not fit.
-        RuntimeError: "fused" cannot run here.
+        RuntimeError: "fused" or "mixed" cannot run here.
     """
     words = _require_words(weight, scores, mask, 2)
     return linear(x, weight, scores, words, None, bias, backend)
@@ -91,7 +92,7 @@ def masked_linear_score_grad_(
     for name, tensor in (("x", x), ("grad", grad)):
         require_device(name, tensor, weight.device)
     backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
-    if backend == "fused":
+    if backend in ("fused", "mixed"):
         _require_fused_dtypes(x=x, weight=weight)
     with torch.no_grad():
         linear_op.score_grad_(grad_scores, grad, x, weight, accumulate, backend)
@@ -148,8 +149,8 @@ def masked_conv2d(
         padding: the same, in elements of zeros on either side, or "valid" or "same".
         groups: a divisor of I and O.
         backend: "auto" (see ``use_backend``), "dense" (effective weight and the library's convolution),
-            "fused" (Triton, the mask applied in registers; it can be differentiated only once) or "reference"
-            (plain PyTorch).
+            "fused" (Triton, the mask applied in registers), "mixed" ("dense", but the score gradient "fused")
+            or "reference" (plain PyTorch). "fused" and "mixed" can be differentiated only once.
 
     Returns:
         The dtype of ``x``; under autocast its dtype, as of ``torch.nn.functional.conv2d``.  # [N, O, H', W']
@@ -157,7 +158,7 @@ def masked_conv2d(
     Raises:
         TypeError: a dtype does not fit.
         ValueError: a shape, device, group count, padding or backend does not fit.
-        RuntimeError: "fused" cannot run here.
+        RuntimeError: "fused" or "mixed" cannot run here.
     """
     words = _require_words(weight, scores, mask, 4)
     return convolution(x, weight, scores, words, None, bias, stride, padding, dilation, groups, backend)
@@ -178,7 +179,7 @@ def masked_conv3d(
 ) -> Tensor:
     """Return the convolution of ``x`` with ``weight * mask`` over three dimensions; see ``masked_conv2d``.
 
-    There is no fused kernel for it: ``backend="fused"`` raises, and "auto" is "dense".
+    There is no fused kernel for it: "fused" and "mixed" raise, and "auto" is "dense".
 
     Args:
         x: floating, batched or not.  # [N, I, D, H, W] or [I, D, H, W]
@@ -235,7 +236,7 @@ def masked_conv2d_score_grad_(
     for name, tensor in (("x", x), ("grad", grad)):
         require_device(name, tensor, weight.device)
     backend = choose_backend("masked_conv", backend, conv_op.KERNELS, x, weight, groups)
-    if backend == "fused":
+    if backend in ("fused", "mixed"):
         _require_fused_dtypes(x=x, weight=weight)
     with torch.no_grad():
         conv_op.score_grad_(grad_scores, grad, x, weight, geometry, accumulate, backend)
@@ -254,8 +255,8 @@ def linear(
     """Return ``masked_linear`` for a packed mask, and an effective weight in the compute dtype if at hand."""
     backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
     x, bias = require_linear(x, weight, bias)
-    if backend == "fused":
-        _require_fused_dtypes(x=x)
+    if backend in ("fused", "mixed"):
+        _require_fused(backend, x)
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         return reference.masked_linear(x, weight, scores, mask, bias)
@@ -291,12 +292,11 @@ def convolution(
     if isinstance(padding, str):
         x, padding = _pad(x, weight, stride, padding, dilation)
     window = (stride, _one_each("padding", padding, spatial), dilation, groups)
-    if backend == "fused":
-        _require_fused_dtypes(x=x)
+    if backend in ("fused", "mixed"):
+        _require_fused(backend, x)
         if spatial == 3:
-            raise ValueError(
-                'weight must have one or two window dimensions for backend="fused", got three: use "dense"'
-            )
+            wanted = f'one or two window dimensions for backend="{backend}"'
+            raise ValueError(f'weight must have {wanted}, got three: use "dense"')
     if backend == "reference":
         mask = unpack_mask(words, weight.shape)
         y = reference.masked_conv(x, weight, scores, mask, bias, *window)
@@ -394,6 +394,13 @@ def _require_last(name: str, tensor: Tensor, size: int) -> None:
         raise ValueError(
             f"{name} must have {size} elements in its last dimension, got shape {list(tensor.shape)}"
         )
+
+
+def _require_fused(backend: str, x: Tensor) -> None:
+    """Check what the Triton kernels of a pass need; those of "mixed" run in the backward pass only."""
+    _require_fused_dtypes(x=x)
+    if backend == "mixed" and not torch.compiler.is_compiling():
+        require_available(x.device)
 
 
 def _require_fused_dtypes(**tensors: Tensor) -> None:

@@ -33,9 +33,9 @@ class MaskedLayer(nn.Module):
     ``weight`` has any floating dtype and memory format. ``scores`` is a float32 Parameter, ``mask_words`` the
     packed mask, both in logical row-major order; neither changes with the layer's dtype or memory format.
 
-    ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time. With "dense" the
-    layer keeps ``weight * mask`` in the compute dtype, with "fused" nothing, or ``weight`` in the compute
-    dtype where that is not its own.
+    ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time. With "dense" and
+    "mixed" the layer keeps ``weight * mask`` in the compute dtype, with "fused" nothing, or ``weight`` in the
+    compute dtype where that is not its own.
     """
 
     backend: str = "auto"
@@ -180,7 +180,7 @@ class MaskedLayer(nn.Module):
         backend = choose_backend(self._operation, self.backend, self._kernels, x, weight, groups)
         if weight.requires_grad or backend == "reference":
             return backend, None
-        if backend == "dense":
+        if backend != "fused":
             return backend, self.effective_weight()
         if self._effective is not None and not torch.compiler.is_compiling():
             self._effective = None

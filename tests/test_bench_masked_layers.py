@@ -113,7 +113,7 @@ def test_families_hold_every_shape_of_their_networks():
     assert round((sum(by_layer.values()) + repeats) / 1e6) == 569
 
 
-def row(layer, mode, executor, seconds, family="ResNet-50", auto="dense"):
+def row(layer, mode, executor, seconds, family="ResNet-50"):
     return {
         "family": family,
         "shape": json.loads(json.dumps(list(layer))),
@@ -121,14 +121,13 @@ def row(layer, mode, executor, seconds, family="ResNet-50", auto="dense"):
         "mode": mode,
         "executor": executor,
         "median_s": seconds,
-        "auto": auto,
         "tflops": 1.0,
     }
 
 
 def record(rows, memory=None):
     return {
-        "device": "NVIDIA H200",
+        "device": "Test GPU",
         "commit": "abc",
         "versions": {"torch": "2.13"},
         "commands": ["a"],
@@ -181,8 +180,8 @@ def test_rules_take_what_gains_and_nothing_that_loses():
     ]
     text = rules(record(rows))
     found = eval("{" + text + "}", {"Rule": Rule, "math": __import__("math")})
-    assert list(found) == ["NVIDIA H200*"] and list(found["NVIDIA H200*"]) == ["masked_linear"]
-    (rule,) = found["NVIDIA H200*"]["masked_linear"]
+    assert list(found) == ["Test GPU*"] and list(found["Test GPU*"]) == ["masked_linear"]
+    (rule,) = found["Test GPU*"]["masked_linear"]
     assert rule.backend == "fused"
 
     def holds(tokens, rows, dtype=torch.bfloat16):
@@ -190,4 +189,24 @@ def test_rules_take_what_gains_and_nothing_that_loses():
 
     assert holds(1, 4096) and holds(64, 4096)
     assert not holds(256, 4096) and not holds(16, 128) and not holds(1, 4096, torch.float32)
-    assert rules(record(linear(1, 1.2))) == "# none for NVIDIA H200"
+    assert rules(record(linear(1, 1.2))) == "# none for Test GPU"
+
+    # Of two backends that gain, the one that gains more, all in all.
+    mixed = [{**row, "executor": "mixed", "median_s": 0.6} for row in rows if row["executor"] == "fused"]
+    assert 'Rule("mixed", lambda p: p.dtype.itemsize == 2 and p.tokens <= 256' in rules(record(rows + mixed))
+
+
+def test_auto_is_what_the_rules_say(monkeypatch, tmp_path):
+    table = {"Test*": {"masked_linear": (Rule("mixed", lambda p: p.tokens <= 64),)}}
+    monkeypatch.setattr("jackpot_kernels.ops.dispatch.RULES", table)
+    rows = [
+        row(Layer((4096, 4096), tokens), "both", executor, seconds)
+        for tokens in (64, 256)
+        for executor, seconds in (("dense", 3.0), ("mixed", 2.0), ("fused", 4.0))
+    ]
+    worst = next(t for t in targets(record(rows)) if t.title.startswith("best of"))
+    assert (worst.value, worst.count) == (2 / 3, 2)
+    write_report(record(rows), tmp_path)
+    report = (tmp_path / "masked_layers.md").read_text()
+    assert "| 4096 -> 4096, 64 tokens | both | mixed (auto) |" in report
+    assert "| 4096 -> 4096, 256 tokens | both | dense (auto) |" in report

@@ -364,7 +364,7 @@ def test_bad_input_is_one_sentence(options, sentence, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "backend, sentence",
     [
-        ("cudnn", "the environment variable JACKPOT_BACKEND must be one of auto, fused, dense, reference"),
+        ("cudnn", "the environment variable JACKPOT_BACKEND must be one of auto, fused, mixed, dense, refer"),
         ("fused", 'backend="fused" cannot run: it needs CUDA tensors, or TRITON_INTERPRET=1'),
     ],
 )

@@ -132,14 +132,14 @@ def test_context_reaches_a_compiled_layer():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: choose("fast"), "backend must be one of auto, fused, dense, reference, got 'fast'"),
+        (lambda: choose("fast"), "backend must be one of auto, fused, mixed, dense, reference, got 'fast'"),
         (
             lambda: choose_backend("masked_conv3d", "fused", ("dense",), None, None),
             "backend must be one of auto, dense, reference for masked_conv3d, got 'fused'",
         ),
         (
             lambda: jk.use_backend("cublas").__enter__(),
-            "backend must be one of auto, fused, dense, reference, got 'cublas'",
+            "backend must be one of auto, fused, mixed, dense, reference, got 'cublas'",
         ),
     ],
 )
@@ -154,15 +154,16 @@ def test_unknown_name_in_the_environment(monkeypatch):
     with pytest.raises(ValueError) as caught:
         choose()
     assert str(caught.value) == (
-        "the environment variable JACKPOT_BACKEND must be one of auto, fused, dense, reference, got 'cudnn'"
+        "the environment variable JACKPOT_BACKEND must be one of "
+        "auto, fused, mixed, dense, reference, got 'cudnn'"
     )
     assert choose("dense") == "dense"
 
 
-def refusal():
+def refusal(backend="fused"):
     weight = torch.ones(5, 9)
     with pytest.raises(RuntimeError) as caught:
-        jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend="fused")
+        jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend=backend)
     return str(caught.value)
 
 
@@ -188,10 +189,11 @@ except RuntimeError as error:
 
 def test_fused_without_a_device(monkeypatch):
     monkeypatch.setattr(availability, "interpreting", lambda: False)
-    assert refusal() == (
+    sentence = (
         'backend="fused" cannot run: '
         "it needs CUDA tensors, or TRITON_INTERPRET=1 in the environment, got tensors on cpu"
     )
+    assert refusal() == refusal("mixed") == sentence
 
 
 def test_fused_on_an_old_device(monkeypatch):

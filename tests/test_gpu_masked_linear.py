@@ -121,7 +121,8 @@ def test_step_is_captured_in_a_graph():
 
     def run():
         y = masked_linear(x, weight, scores, words, bias, backend="fused")
-        return y, *torch.autograd.grad(y.float().sum(), (x, scores))
+        # What holds a graph of autograd ties later ones to the stream that it was made on.
+        return y.detach(), *torch.autograd.grad(y.float().sum(), (x, scores))
 
     wanted = run()
     graph = torch.cuda.CUDAGraph()

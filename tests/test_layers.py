@@ -204,7 +204,9 @@ def test_errors(layer):
     with pytest.raises(ValueError, match="x must be on cpu, got meta"):
         masked_of(nn.Linear(2, 4))(torch.ones(3, 2, device="meta"))
     layer.backend = "fast"
-    with pytest.raises(ValueError, match="backend must be one of auto, fused, dense, reference, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of auto, fused, mixed, dense, reference, got 'fast'"
+    ):
         layer(torch.ones(1, 4, 6, 6))
 
 

@@ -276,7 +276,11 @@ ERRORS = [
     ({"padding": (1,)}, ValueError, "padding must be one number or 2, got (1,)"),
     ({"padding": "full"}, ValueError, 'padding must be numbers, "valid" or "same", got \'full\''),
     ({"padding": "same", "stride": 2}, ValueError, 'stride must be 1 where padding is "same", got (2, 2)'),
-    ({"backend": "slow"}, ValueError, "backend must be one of auto, fused, dense, reference, got 'slow'"),
+    (
+        {"backend": "slow"},
+        ValueError,
+        "backend must be one of auto, fused, mixed, dense, reference, got 'slow'",
+    ),
 ]
 
 

@@ -199,6 +199,22 @@ def test_sums_in_parts_have_parts():
     assert kernels._parts(0, 1, config) == (1, block)
 
 
+@pytest.mark.parametrize("case", ["1d", "2d all", "wide 1x1", "depthwise"])
+def test_mixed_is_dense_but_for_the_gradients_of_scores_and_weight(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+    inputs = x, weight, scores, bias
+    masked = MASKED[x.dim() - 2]
+
+    def results(backend):
+        y = masked(x, weight, scores, mask, bias, **options, backend=backend)
+        grad = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    dense, fused, mixed = map(results, ("dense", "fused", "mixed"))
+    assert all(map(torch.equal, mixed[:2], dense[:2]))
+    assert all(map(torch.equal, mixed[2:], fused[2:]))
+
+
 @pytest.mark.parametrize("needs", [(0,), (1,), (2,), (3,), (1, 2)], ids=str)
 def test_only_what_is_asked_for_is_computed(needs):
     tensors, mask, bias, options = problem("2d all")
@@ -426,10 +442,12 @@ def test_offsets_that_32_bits_do_not_hold(weight, image, message):
 
 def test_three_dimensions_have_no_kernel():
     tensors = ONES(1, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3).bool()
-    message = 'weight must have one or two window dimensions for backend="fused", got three: use "dense"'
-    with pytest.raises(ValueError) as caught:
-        masked_conv3d(*tensors, backend="fused")
-    assert str(caught.value) == message
+    for backend in ("fused", "mixed"):
+        with pytest.raises(ValueError) as caught:
+            masked_conv3d(*tensors, backend=backend)
+        assert str(caught.value) == (
+            f'weight must have one or two window dimensions for backend="{backend}", got three: use "dense"'
+        )
     assert masked_conv3d(*tensors).shape == (1, 2, 1, 1, 1)
 
 

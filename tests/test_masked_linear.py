@@ -262,7 +262,11 @@ ERRORS = [
     ({"weight": torch.ones(5, 9, 1)}, ValueError, "weight must have 2 dimensions, none of them empty"),
     ({"weight": torch.ones(5, 0)}, ValueError, "weight must have 2 dimensions, none of them empty"),
     ({"weight": torch.ones(5, 9).int()}, TypeError, "weight must be a floating-point tensor, got int32"),
-    ({"backend": "fast"}, ValueError, "backend must be one of auto, fused, dense, reference, got 'fast'"),
+    (
+        {"backend": "fast"},
+        ValueError,
+        "backend must be one of auto, fused, mixed, dense, reference, got 'fast'",
+    ),
 ]
 
 

@@ -161,6 +161,34 @@ def test_gradients_equal_those_of_the_reference():
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_mixed_is_dense_but_for_the_gradients_of_scores_weight_and_bias(dtype):
+    x, weight, scores, mask, bias = problem((2, 9), 12, 70, dtype)
+    inputs = x, weight, scores, bias
+
+    def results(backend):
+        y = masked_linear(x, weight, scores, mask, bias, backend=backend)
+        grad = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+        return y, *torch.autograd.grad(y, inputs, grad)
+
+    dense, fused, mixed = map(results, ("dense", "fused", "mixed"))
+    assert all(map(torch.equal, mixed[:2], dense[:2]))
+    assert all(map(torch.equal, mixed[2:], fused[2:]))
+
+
+def test_mixed_layer_keeps_its_effective_weight():
+    layer, x = layer_and_input()
+    layer.backend = "mixed"
+    layer(x).sum().backward()
+    kept = layer.cached_effective_weight
+    assert kept is not None and layer.effective_weight() is kept
+    wanted = torch.autograd.grad(
+        masked_linear(x, layer.weight, layer.scores, layer.mask, layer.bias, backend="fused").sum(),
+        layer.scores,
+    )
+    assert torch.equal(layer.scores.grad, wanted[0])
+
+
 @pytest.mark.parametrize("needs", [(0,), (1,), (2,), (3,), (0, 3), (2, 3)], ids=str)
 def test_only_what_is_asked_for_is_computed(needs):
     tensors = x, weight, scores, mask, bias = problem((3,), 5, 9)
@@ -191,7 +219,7 @@ def test_split_columns_repeat_bit_for_bit():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", ["fused", "dense", "reference"])
+@pytest.mark.parametrize("backend", ["fused", "mixed", "dense", "reference"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_score_gradient_is_added_in_place(dtype, backend):
     x, weight, _, mask, bias = (t.detach() for t in problem((2, 37), 17, 45, dtype))

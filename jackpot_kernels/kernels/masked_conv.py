@@ -983,7 +983,7 @@ def _parts(num_places: int, num_tiles: int, config: Config) -> tuple[int, int]:
     """Return into how many parts a sum over places is split, and how many places a part has."""
     block = config.values["BLOCK_K"]
     blocks = max(1, triton.cdiv(num_places, block))
-    wanted = min(triton.cdiv(_PROGRAMS, num_tiles), triton.cdiv(blocks, _LEAST_BLOCKS))
+    wanted = min(max(1, _PROGRAMS // num_tiles), triton.cdiv(blocks, _LEAST_BLOCKS))
     part = triton.cdiv(blocks, wanted)
     return int(triton.cdiv(blocks, part)), int(part * block)
 

@@ -225,13 +225,25 @@ def _grads_config(
 # By what limits them: the weights' bytes where tokens are few, so their columns are split and every
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
-    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1)],
-    "tokens <= 64": [_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1)],
+    "tokens <= 16": [
+        *(_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)),
+        _matmul_config(64, 16, 256, 4, 3, splits=4),
+    ],
+    "tokens <= 64": [
+        *(_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)),
+        _matmul_config(64, 32, 128, 4, 4, splits=4),
+    ],
     "many tokens": [
         _matmul_config(128, 128, 64, 8, 3),
         _matmul_config(128, 128, 64, 8, 4, descriptors=True),
         _matmul_config(128, 256, 64, 8, 3, descriptors=True),
         _matmul_config(64, 128, 64, 4, 4),
+        # Several programs share a multiprocessor: one masks while the matrix unit serves another.
+        _matmul_config(128, 128, 64, 4, 3, descriptors=True),
+        _matmul_config(64, 256, 64, 4, 2, descriptors=True),
+        _matmul_config(64, 128, 64, 4, 3, descriptors=True),
+        _matmul_config(64, 128, 64, 4, 2),
+        _matmul_config(64, 64, 64, 4, 2),
     ],
     "float32": [_matmul_config(128, 64, 32, 8, 3)],
     "unaligned": [_matmul_config(64, 64, 32, 8, 2)],

@@ -2,11 +2,11 @@
 
 A wish is, from the strongest: the argument ``backend``, ``use_backend``, the environment variable
 ``JACKPOT_BACKEND``, which ``torch.compile`` reads as it traces. Where nobody wishes, ``RULES`` decide, and
-``dense`` where they say nothing: no device has been measured yet, so that is everywhere.
+``dense`` where they say nothing.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from jackpot_kernels._validate import require_choice
 from jackpot_kernels.kernels.availability import why_not
 
-BACKENDS = ("auto", "fused", "dense", "reference")
+BACKENDS = ("auto", "fused", "mixed", "dense", "reference")
 
 
 class Problem(NamedTuple):
@@ -39,9 +39,12 @@ class Rule(NamedTuple):
 
 
 # Pattern of a device's name, then operation, to rules of which the first that holds decides. A rule stands
-# here because of a measurement on that device, for example
-#     "NVIDIA H200*": {"masked_linear": (Rule("fused", lambda problem: problem.tokens <= 64),)}
-RULES: dict[str, dict[str, tuple[Rule, ...]]] = {}
+# here because of a measurement on that device (`python -m benchmarks.bench_masked_layers --rules`).
+RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
+    "NVIDIA H[12]00*": {
+        "masked_linear": (Rule("mixed", lambda p: p.dtype.itemsize == 2 and p.tokens <= 1024),),
+    },
+}
 
 # One for the process, not for the thread: autograd runs a checkpointed layer's forward again in its own.
 _wish = "auto"
@@ -55,7 +58,7 @@ def use_backend(backend: str) -> Iterator[None]:
     it runs the forward again, so it belongs inside the block.
 
     Args:
-        backend: "auto", "fused", "dense" or "reference".
+        backend: "auto", "fused", "mixed", "dense" or "reference".
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -89,6 +92,7 @@ def choose_backend(
         backend = os.environ.get("JACKPOT_BACKEND") or "auto"
         require_choice("the environment variable JACKPOT_BACKEND", backend, BACKENDS)
     if backend == "auto":
+        # Dynamo can call the functions in a rule because it has seen the table that they come from.
         return _by_rules(op, x, weight, groups) if RULES else "dense"
     if backend == "reference" or backend in available:
         return backend
@@ -100,22 +104,37 @@ def choose_backend(
 def _by_rules(op: str, x: Any, weight: Any, groups: int) -> str:
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() > 1):
         return "dense"
+    rules = _rules_of(str(weight.device))
+    if rules is None:
+        return "dense"
     rows, columns, *window = weight.shape
-    problem = Problem(x.numel() // (columns * groups), rows, columns, tuple(window), groups, x.dtype)
-    rules = _rules_of(str(weight.device)).get(op, ())
+    tokens = x.numel() // (columns * groups)
+    problem = Problem(tokens, rows, columns, tuple(window), groups, x.dtype)
+    return decide(rules.get(op, ()), problem)
+
+
+def decide(rules: Iterable[Rule], problem: Problem) -> str:
+    """Return the backend that rules give a problem."""
     return next((rule.backend for rule in rules if rule.when(problem)), "dense")
 
 
-def _rules_of(device: str) -> dict[str, tuple[Rule, ...]]:
-    """Return the rules of a device; none where the kernels cannot run."""
+def rules_for(name: str) -> dict[str, tuple[Rule, ...]]:
+    """Return the rules of a device of that name, by operation."""
+    return next((rules for pattern, rules in RULES.items() if fnmatch(name, pattern)), {})
+
+
+def _rules_of(device: str) -> dict[str, tuple[Rule, ...]] | None:
+    """Return the rules of a device; None where there are none or the kernels cannot run.
+
+    Not an empty dict, which Dynamo cannot trace as a constant.
+    """
     if device not in _rules_found:
-        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-        found = next((rules for pattern, rules in RULES.items() if fnmatch(name, pattern)), {})
-        _rules_found[device] = {} if found and why_not(torch.device(device)) else found
+        found = rules_for(torch.cuda.get_device_name(device) if device.startswith("cuda") else device)
+        _rules_found[device] = found if found and why_not(torch.device(device)) is None else None
     return _rules_found[device]
 
 
-_rules_found: dict[str, dict[str, tuple[Rule, ...]]] = {}
+_rules_found: dict[str, dict[str, tuple[Rule, ...]] | None] = {}
 # Dynamo then asks once and traces nothing inside; `torch.compiler.assume_constant_result` does the same, but
 # imports the compiler.
 _rules_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
-from jackpot_kernels.ops.masked import Function, Gradients, cast_weight, once, register, weight_gradients
+from jackpot_kernels.ops.masked import (
+    Function,
+    Gradients,
+    cast_weight,
+    once,
+    register,
+    weight_gradients,
+    write_product_,
+)
 
 
 def _dense(
@@ -76,20 +84,38 @@ def _fused_backward(
     return dx, dweight, dscores, dbias
 
 
+def _mixed_backward(
+    grad: Tensor,  # [..., M]
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [M, K]
+    words: Tensor,
+    effective_weight: Tensor | None,
+    needs: Sequence[bool],
+) -> Gradients:
+    needs_x, *others = needs
+    dx = _dense_backward(grad, x, weight, words, effective_weight, (needs_x, False, False, False))[0]
+    return dx, *_fused_backward(grad, x, weight, words, None, (False, *others))[1:]
+
+
 def score_grad_(
     grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool, backend: str
 ) -> None:
     """Add the score gradient ``(grad.T @ x) * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
-    if backend == "fused":
+    if backend != "dense":
         torch.ops.jackpot.masked_linear_fused_score_grad_(grad_scores, grad, x, weight, accumulate)
         return
     grad_weight = grad.reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])  # [M, K]
-    if not accumulate:
-        grad_scores.zero_()
-    grad_scores.addcmul_(grad_weight.float(), weight.float())
+    if accumulate:
+        grad_scores.addcmul_(grad_weight, weight)
+    else:
+        write_product_(grad_scores, grad_weight, weight)
 
 
-KERNELS = {"dense": (_dense, _dense_backward), "fused": (_fused, _fused_backward)}
+KERNELS = {
+    "dense": (_dense, _dense_backward),
+    "fused": (_fused, _fused_backward),
+    "mixed": (_dense, _mixed_backward),
+}
 
 
 def masked_linear(
