@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(jackpot, m) {
       "int seed, Tensor? workspace) -> int");
   m.def("search_step_(Tensor(a!) control, int search, Tensor[] grads, Tensor? found_inf) -> ()");
   m.def("search_end(Tensor control, int search) -> ()");
+  m.def("score_grad(Tensor grad, Tensor weight) -> Tensor");
   m.def("workspace_size(Tensor[] scores, bool joint) -> int");
   m.def("cpu_capability() -> str");
   m.def("build_facts() -> str");

@@ -16,6 +16,8 @@ TARGETS = ("80", "90a", "100")
 REGISTERS = {
     "pack_kernel": 40,
     "unpack_kernel": 32,
+    "score_grad_rows_kernel": 64,
+    "score_grad_tiles_kernel": 64,
     "check_kernel": 40,
     "update_kernel": 64,
     "select_kernel": 64,

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,40 @@ def test_pack_mask(replay: Callable[[Message], bytes], shift: int) -> None:
         message.numbers(0, *Launch().words(), shift)
         message.array(mask)
     wanted = b"".join(raw(pack_mask(mask)) + raw(mask) for mask in masks)
+    assert replay(message) == wanted
+
+
+# Three dimensions and the order in which they lie in memory, of the gradient and of the weight.
+PRODUCTS = {
+    "in a row": ((1, 1, 9001), (0, 1, 2), (0, 1, 2)),
+    "channels_last": ((5, 150, 9), (0, 2, 1), (0, 2, 1)),
+    "one channels_last": ((5, 33, 9), (0, 2, 1), (0, 1, 2)),
+    "transposed": ((1, 130, 200), (0, 2, 1), (0, 1, 2)),
+    "turned": ((7, 3, 65), (2, 1, 0), (1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("launch", LAUNCHES[:2], ids=str)
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_score_grad(replay: Callable[[Message], bytes], case: str, launch: Launch, shift: int) -> None:
+    """Each dtype that a gradient or a weight may have, by torch's own rounding."""
+    shape, *orders = PRODUCTS[case]
+    message, wanted = Message(), b""
+    dtypes = [DTYPES.index(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    for of_grad, of_weight in product(dtypes, dtypes):
+        grad, weight = (
+            torch.randn([shape[i] for i in order])
+            .to(DTYPES[dtype])
+            .permute([order.index(i) for i in range(3)])
+            for order, dtype in zip(orders, (of_grad, of_weight), strict=True)
+        )
+        message.numbers(3, *launch.words(), of_grad, of_weight, shift)
+        message.array(grad)
+        message.array(weight)
+        dims = [(shape[i], grad.stride(i), weight.stride(i)) for i in (2, 1, 0)]
+        message.array(np.array(dims, np.int64))
+        wanted += raw((grad.float() * weight.float()).contiguous())
     assert replay(message) == wanted
 
 

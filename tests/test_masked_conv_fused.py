@@ -193,10 +193,11 @@ def test_sums_in_parts_have_parts():
     config = kernels.WEIGHT_CONFIGS["tf32"][0]
     block = config.values["BLOCK_K"]
     for places in (1, 127, 128, 129, 5000, 10**9):
-        num_parts, part = kernels._parts(places, 3, config)
+        num_parts, part = kernels._parts(places, 100, 3, config)
         assert part % block == 0 and (num_parts - 1) * part < places <= num_parts * part
-    assert kernels._parts(3 * 12 * 13, 1, config)[0] > 2
-    assert kernels._parts(0, 1, config) == (1, block)
+    assert kernels._parts(3 * 12 * 13, 100, 1, config)[0] > 2
+    assert kernels._parts(0, 100, 1, config) == (1, block)
+    assert kernels._parts(10**6, 2**20, 1, config)[0] == 2
 
 
 @pytest.mark.parametrize("case", ["1d", "2d all", "wide 1x1", "depthwise"])

@@ -28,6 +28,8 @@ struct Launch {
 cudaError_t pack_mask(const Launch& launch, const uint8_t* mask, uint32_t* words, int64_t numel);
 cudaError_t unpack_mask(const Launch& launch, const uint32_t* words, uint8_t* mask, int64_t numel);
 
+cudaError_t score_grad(const Launch& launch, const Product& product);
+
 // The layers know their `place.numel` and their memory, the tables what the layers share: joint and hyper,
 // found_inf, control; joint, pairs, seed, num_kept, schedule, steps, control and stats; joint, num_kept,
 // value and index. The rest is filled in here. A joint segment must fit one table.

@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
+#include <algorithm>
 
 #include "step.h"
 
@@ -12,44 +12,6 @@ Pairs pairs_named(const std::string& name) {
   if (name == "inverse") return Pairs::kInverse;
   STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
   return Pairs::kRandom;
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-int32_t stride_of(const Tensor& tensor, int64_t dim) {
-  const int64_t stride = tensor.stride(dim);
-  STD_TORCH_CHECK(std::llabs(stride) < 1ll << 31, "strides of weights must be below 2^31, got ", stride);
-  return static_cast<int32_t>(stride);
-}
-
-// Dimensions that follow each other in both memories count as one: a step of an index costs a division.
-void set_dims(SwapLayer& layer, const Tensor& weight, const Tensor& effective) {
-  for (int64_t i = 0; i < weight.dim(); ++i) {
-    const Dim dim = {static_cast<uint32_t>(weight.size(i)), stride_of(weight, i), stride_of(effective, i)};
-    STD_TORCH_CHECK(weight.size(i) == effective.size(i), "effective must have the weight's shape and device");
-    Dim* const outer = layer.num_dims ? &layer.dims[layer.num_dims - 1] : nullptr;
-    const int64_t size = weight.size(i);
-    if (outer && outer->weight_stride == dim.weight_stride * size &&
-        outer->effective_stride == dim.effective_stride * size) {
-      *outer = {outer->size * dim.size, dim.weight_stride, dim.effective_stride};
-    } else {
-      STD_TORCH_CHECK(layer.num_dims < kMaxDims, "weights must have at most ", kMaxDims, " dimensions");
-      layer.dims[layer.num_dims++] = dim;
-    }
-  }
 }
 
 SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& mask, const Tensor* weight,
@@ -67,7 +29,10 @@ SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& m
   layer.effective = effective->data_ptr();
   layer.weight_dtype = dtype_of(*weight, "weight");
   layer.effective_dtype = dtype_of(*effective, "effective");
-  set_dims(layer, *weight, *effective);
+  const std::vector<Dim> dims = merged_dims(*weight, *effective, "effective");
+  STD_TORCH_CHECK(dims.size() <= kMaxDims, "weights must have at most ", kMaxDims, " dimensions");
+  std::copy(dims.begin(), dims.end(), layer.dims);
+  layer.num_dims = static_cast<uint8_t>(dims.size());
   return layer;
 }
 

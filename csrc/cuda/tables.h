@@ -80,6 +80,15 @@ struct SwapTable {
 };
 static_assert(sizeof(SwapTable) <= 32764 && sizeof(UpdateTable) <= 32764);
 
+// The product of two tensors of one shape, seen as three dimensions, the innermost first.
+struct Product {
+  const void *grad, *weight;
+  float* out;  // contiguous
+  Dtype grad_dtype, weight_dtype;
+  uint32_t sizes[3];
+  int64_t grad_strides[3], weight_strides[3];
+};
+
 struct ThresholdLayer {
   const float* scores;
   Place place;

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "launch.h"
@@ -70,6 +71,47 @@ class Device {
   torch::stable::accelerator::DeviceGuard guard_;
   Launch launch_ = {};
 };
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline int32_t stride_of(const Tensor& tensor, int64_t dim) {
+  const int64_t stride = tensor.stride(dim);
+  STD_TORCH_CHECK(std::llabs(stride) < 1ll << 31, "strides of weights must be below 2^31, got ", stride);
+  return static_cast<int32_t>(stride);
+}
+
+// The dimensions of a weight and of another tensor of its shape, the outermost first. Those that follow each
+// other in both memories count as one, as a step of an index costs a division; those of one element as none.
+inline std::vector<Dim> merged_dims(const Tensor& weight, const Tensor& other, const char* name) {
+  std::vector<Dim> dims;
+  STD_TORCH_CHECK(weight.dim() == other.dim(), name, " must have the weight's shape and device");
+  for (int64_t i = 0; i < weight.dim(); ++i) {
+    const int64_t size = weight.size(i);
+    STD_TORCH_CHECK(size == other.size(i), name, " must have the weight's shape and device");
+    const Dim dim = {static_cast<uint32_t>(size), stride_of(weight, i), stride_of(other, i)};
+    if (size == 1) continue;
+    if (!dims.empty() && dims.back().weight_stride == dim.weight_stride * size &&
+        dims.back().effective_stride == dim.effective_stride * size) {
+      dims.back() = {dims.back().size * dim.size, dim.weight_stride, dim.effective_stride};
+    } else {
+      dims.push_back(dim);
+    }
+  }
+  return dims;
+}
 
 // Elements of each segment. Positions and tiles are counted in 32 bits.
 inline std::vector<int64_t> segment_sizes(const Tensors& scores, bool joint) {

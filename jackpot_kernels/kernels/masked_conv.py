@@ -617,6 +617,8 @@ Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 _FEW_CHANNELS = 16
 # Sums over positions are split until so many programs share them: two for each multiprocessor of an H200.
 _PROGRAMS = 264
+# Elements of all parts of a sum: memory is what these kernels save.
+_MOST_PARTS = 2**21
 # Blocks of positions that a part of a sum has at least.
 _LEAST_BLOCKS = 4
 # Words that a program realigns.
@@ -844,7 +846,7 @@ def masked_conv_weight_grads_(
 
     def run_depthwise(config: Config) -> None:
         tiles = _tiles(groups * outputs, num_taps, config)
-        num_parts, part = _parts(num_places, tiles, config)
+        num_parts, part = _parts(num_places, weight.numel(), tiles, config)
         parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32)
         depthwise_weight_grads_kernel[(tiles, num_parts)](
             grad,
@@ -864,7 +866,7 @@ def masked_conv_weight_grads_(
 
     def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
         tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
-        num_parts, part = _parts(num_places, tiles * groups, config)
+        num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config)
         parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
         conv_weight_grads_kernel[(tiles, groups, num_parts)](
             grad,
@@ -979,11 +981,12 @@ def _tiles(rows: int, columns: int, config: Config) -> int:
     return int(triton.cdiv(rows, config.values["BLOCK_M"]) * triton.cdiv(columns, config.values["BLOCK_N"]))
 
 
-def _parts(num_places: int, num_tiles: int, config: Config) -> tuple[int, int]:
+def _parts(num_places: int, num_weights: int, num_tiles: int, config: Config) -> tuple[int, int]:
     """Return into how many parts a sum over places is split, and how many places a part has."""
     block = config.values["BLOCK_K"]
     blocks = max(1, triton.cdiv(num_places, block))
-    wanted = min(max(1, _PROGRAMS // num_tiles), triton.cdiv(blocks, _LEAST_BLOCKS))
+    fitting = max(1, min(_PROGRAMS // num_tiles, _MOST_PARTS // num_weights))
+    wanted = min(fitting, triton.cdiv(blocks, _LEAST_BLOCKS))
     part = triton.cdiv(blocks, wanted)
     return int(triton.cdiv(blocks, part)), int(part * block)
 

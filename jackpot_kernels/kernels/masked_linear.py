@@ -225,25 +225,15 @@ def _grads_config(
 # By what limits them: the weights' bytes where tokens are few, so their columns are split and every
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
-    "tokens <= 16": [
-        *(_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)),
-        _matmul_config(64, 16, 256, 4, 3, splits=4),
-    ],
-    "tokens <= 64": [
-        *(_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)),
-        _matmul_config(64, 32, 128, 4, 4, splits=4),
-    ],
+    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)],
+    "tokens <= 64": [_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)],
     "many tokens": [
         _matmul_config(128, 128, 64, 8, 3),
-        _matmul_config(128, 128, 64, 8, 4, descriptors=True),
-        _matmul_config(128, 256, 64, 8, 3, descriptors=True),
         _matmul_config(64, 128, 64, 4, 4),
+        _matmul_config(128, 256, 64, 8, 3, descriptors=True),
         # Several programs share a multiprocessor: one masks while the matrix unit serves another.
-        _matmul_config(128, 128, 64, 4, 3, descriptors=True),
-        _matmul_config(64, 256, 64, 4, 2, descriptors=True),
         _matmul_config(64, 128, 64, 4, 3, descriptors=True),
-        _matmul_config(64, 128, 64, 4, 2),
-        _matmul_config(64, 64, 64, 4, 2),
+        _matmul_config(64, 256, 64, 4, 2, descriptors=True),
     ],
     "float32": [_matmul_config(128, 64, 32, 8, 3)],
     "unaligned": [_matmul_config(64, 64, 32, 8, 2)],
@@ -257,6 +247,7 @@ GRADS_CONFIGS = {
     ],
     "of the weight": [_grads_config(64, 64, 64, 4, 3)],
     "float32": [_grads_config(128, 64, 32, 8, 3)],
+    "exact": [_grads_config(64, 64, 16, 8, 3)],
     "unaligned": [_grads_config(64, 64, 32, 8, 2)],
 }
 
@@ -381,7 +372,10 @@ def weight_grads_(
         run(config, torch.empty_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
 
     kind = _kind(x, aligned, "tokens <= 64", "tokens <= 64")
-    kind = "of the weight" if dweight is not None and "tokens" in kind else kind
+    if precision == "ieee":
+        kind = "exact"
+    elif dweight is not None and "tokens" in kind:
+        kind = "of the weight"
     configs = _usable(GRADS_CONFIGS[kind], grad, x)
     with launching_on(x.device):
         key = (x.dtype, weight.dtype, precision, accumulate, len(configs), *_sizes(x.shape[0], weight))
@@ -443,8 +437,8 @@ def variants() -> Iterator[Variant]:
         for precision, transposed, config in product(_precisions(kind), (False, True), configs):
             yield _matmul_variant(kind, precision, transposed, config)
     for kind, configs in GRADS_CONFIGS.items():
-        for precision, config in product(_precisions(kind), configs):
-            yield _grads_variant(kind, precision, config)
+        for config in configs:
+            yield _grads_variant(kind, _precisions(kind)[0], config)
     constants = {"HAS_BIAS": True, "SPLITS": 8, "BLOCK": _SUM_BLOCK}
     pointers = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
     signature = _signature(sum_splits_kernel, pointers, constants)
@@ -452,7 +446,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _precisions(kind: str) -> tuple[str, ...]:
-    return ("tf32", "ieee") if kind == "float32" else ("tf32",)
+    return ("tf32", "ieee") if kind == "float32" else ("ieee",) if kind == "exact" else ("tf32",)
 
 
 def _matmul_variant(kind: str, precision: str, transposed: bool, config: Config) -> Variant:
@@ -479,7 +473,7 @@ def _matmul_variant(kind: str, precision: str, transposed: bool, config: Config)
 
 
 def _grads_variant(kind: str, precision: str, config: Config) -> Variant:
-    dtype = "*fp32" if kind == "float32" else "*bf16"
+    dtype = "*fp32" if kind in ("float32", "exact") else "*bf16"
     pointers = dict.fromkeys(("g_ptr", "x_ptr", "w_ptr", "dweight_ptr", "dbias_ptr"), dtype)
     pointers |= {"words_ptr": "*i32", "dscores_ptr": "*fp32"}
     block = config.values
@@ -512,8 +506,9 @@ def _variant(
     pointed = tuple(name for name, type in signature.items() if type.startswith("*"))
     numbers = () if kind == "unaligned" else tuple(n for n, t in signature.items() if t == "i32" and n != "N")
     exact = constants["PRECISION"] == "ieee"
+    kind_name = f"{kind}, exact" if exact and kind != "exact" else kind
     return Variant(
-        f"{name}, {kind}{', exact' if exact else ''}, {_brief(config)}",
+        f"{name}, {kind_name}, {_brief(config)}",
         kernel,
         signature,
         constants,

@@ -20,8 +20,8 @@ from jackpot_kernels.ops.masked import (
     cast_weight,
     once,
     register,
+    score_grad,
     weight_gradients,
-    write_product_,
 )
 
 
@@ -108,7 +108,7 @@ def score_grad_(
     if accumulate:
         grad_scores.addcmul_(grad_weight, weight)
     else:
-        write_product_(grad_scores, grad_weight, weight)
+        grad_scores.copy_(score_grad(grad_weight, weight))
 
 
 KERNELS = {

@@ -23,6 +23,9 @@ struct dim3 {
   dim3(unsigned x = 1) : x(x), y(1), z(1) {}
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct uint4 {
   unsigned x, y, z, w;
 };

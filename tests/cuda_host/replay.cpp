@@ -74,6 +74,26 @@ void pack() {
   back.write();
 }
 
+void multiply() {
+  const Launch launch = read_launch();
+  const Dtype grad_dtype = static_cast<Dtype>(number()), weight_dtype = static_cast<Dtype>(number());
+  const size_t shift = number();
+  Array<uint16_t> grad(Array<uint16_t>::read_bytes(), shift), weight(Array<uint16_t>::read_bytes(), shift);
+  Array<int64_t> dims;  // size, stride of grad, stride of weight; the innermost first
+  Product product = {grad.data(), weight.data(), nullptr, grad_dtype, weight_dtype};
+  size_t numel = 1;
+  for (uint32_t i = 0; i < 3; ++i) {
+    product.sizes[i] = static_cast<uint32_t>(dims.data()[3 * i]);
+    product.grad_strides[i] = dims.data()[3 * i + 1];
+    product.weight_strides[i] = dims.data()[3 * i + 2];
+    numel *= product.sizes[i];
+  }
+  Array<float> out(std::vector<char>(numel * sizeof(float)));
+  product.out = out.data();
+  require(score_grad(launch, product) == cudaSuccess, "score_grad failed");
+  out.write();
+}
+
 std::vector<int64_t> segment_sizes(const std::vector<int64_t>& numel, bool joint) {
   if (!joint) return numel;
   int64_t sum = 0;
@@ -205,7 +225,7 @@ int main(int count, char** names) {
   while (true) {
     int64_t command;
     if (fread(&command, sizeof command, 1, in) != 1) break;
-    command == 0 ? pack() : command == 1 ? select() : search();
+    command == 0 ? pack() : command == 1 ? select() : command == 2 ? search() : multiply();
   }
   return fclose(out);
 }
