@@ -492,6 +492,7 @@ class Rounds {
   }
 
   __device__ void finish(uint32_t number) {
+    __syncthreads();  // conclude() has read the stage in every thread
     if (threadIdx.x != 0) return;
     Plan& plan = shared_.plan;
     Segment& segment = table_.segments[number];
