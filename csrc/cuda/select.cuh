@@ -1,5 +1,5 @@
-// The k-th largest of distinct 64-bit values, eleven bits a round: histogram, then the bin that holds it. A
-// block does the rounds alone over a list, or all blocks together over the scores of a segment.
+// The k-th largest of distinct 64-bit values, eleven bits a round: histogram, then the bin that holds it. All
+// blocks do the rounds together over the scores of a segment.
 #pragma once
 
 #include "device.cuh"
@@ -13,7 +13,6 @@ struct Bin {
 struct SelectShared {
   uint32_t histograms[kProblems][kBins];
   Plan plan;
-  uint64_t cuts[kProblems];
   SumScratch sums;
   MaxScratch largest;
   Bin bin;
@@ -33,6 +32,7 @@ __device__ inline void count_digit(uint32_t* histogram, const Problem& problem, 
 }
 
 __device__ inline void clear(uint32_t* histogram) {
+#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kBins; i += blockDim.x) histogram[i] = 0;
 }
 
@@ -41,6 +41,7 @@ __device__ inline void clear(uint32_t* histogram) {
 __device__ inline void find_bin(const uint32_t* histogram, uint32_t k, SelectShared& shared) {
   const uint32_t each = kBins / blockDim.x, top = kBins - 1 - threadIdx.x * each;
   uint32_t sum = 0;
+#pragma unroll 1
   for (uint32_t i = 0; i < each; ++i) sum += histogram[top - i];
   const uint32_t end = sum_up_to(sum, shared.sums);
   uint32_t before = end - sum;
@@ -63,32 +64,6 @@ __device__ inline void narrow(Problem& problem, const Bin& bin, bool exact) {
   problem.k = bin.k;
   problem.open -= width;
   problem.decided = problem.open == 0 || (!exact && bin.k == bin.count);
-}
-
-// A cut that the k largest of the values from low to high reach and no other of them, found in one block;
-// false if there are fewer. each(visit) calls visit(value) for the thread's share of all values.
-template <class Each>
-__device__ bool select(uint64_t low, uint64_t high, uint32_t k, const Each& each, SelectShared& shared,
-                       uint64_t& cut) {
-  if (low > high) return false;
-  uint32_t* const histogram = shared.histograms[0];
-  // Digits of the distance from `low` tell values apart from the first on.
-  const uint64_t range = high - low;
-  Problem problem = {0, k, static_cast<uint32_t>(64 - __clzll(range | 1)), false};
-  __syncthreads();
-  while (!problem.decided) {
-    clear(histogram);
-    __syncthreads();
-    each([&](uint64_t value) {
-      if (value - low <= range) count_digit(histogram, problem, value - low);
-    });
-    __syncthreads();
-    find_bin(histogram, problem.k, shared);
-    if (shared.bin.count == 0) return false;
-    narrow(problem, shared.bin, false);
-  }
-  cut = low + problem.cut();
-  return true;
 }
 
 constexpr uint32_t kScanBatch = 16;

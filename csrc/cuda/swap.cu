@@ -13,8 +13,8 @@ namespace {
 
 constexpr uint32_t kSelectThreads = 1024, kScanThreads = 512;
 
-// Candidates beyond this many are faster to find again by all blocks.
-constexpr uint32_t kMostForOneBlock = 1u << 16;
+// Candidates beyond this many are faster to find again by all blocks. Sixteen bits count those of a bin.
+constexpr uint32_t kMostForOneBlock = 0xffff;
 
 // The problems of Stage::kCuts.
 enum { kEntering, kLeaving, kEnteringBound, kLeavingBound };
@@ -24,26 +24,34 @@ struct Request {
   bool active;
   int64_t step;
   double rate, ramp;
+  double next_rate, next_ramp;
   int64_t first, last;
 
-  __device__ uint32_t target(uint32_t now) const {
+  __device__ uint32_t target(uint32_t now) const { return target(now, ramp); }
+  __device__ uint32_t granted(uint32_t proposed) const { return granted(proposed, rate); }
+  __device__ uint32_t next_target(uint32_t now) const { return target(now, next_ramp); }
+  __device__ uint32_t next_granted(uint32_t proposed) const { return granted(proposed, next_rate); }
+
+ private:
+  __device__ uint32_t target(uint32_t now, double at) const {
     const int64_t wanted =
-        last + static_cast<int64_t>(ceil(__dmul_rn(static_cast<double>(first - last), ramp)));
+        last + static_cast<int64_t>(ceil(__dmul_rn(static_cast<double>(first - last), at)));
     return static_cast<uint32_t>(wanted < 1 ? 1 : wanted < now ? wanted : now);
   }
-  __device__ uint32_t granted(uint32_t proposed) const {
-    const double share = ceil(__dmul_rn(static_cast<double>(proposed), rate));
+  static __device__ uint32_t granted(uint32_t proposed, double at) {
+    const double share = ceil(__dmul_rn(static_cast<double>(proposed), at));
     return share < proposed ? static_cast<uint32_t>(share) : proposed;
   }
 };
 
 // A step outside the schedule swaps nothing, as one that was skipped.
 __device__ Request request_of(const SwapTable& table, uint32_t number) {
-  const int64_t step = table.control[0];
-  if (table.control[2] || step < 1 || step > table.steps) return {};
+  const int64_t step = table.control[0], skipped = table.control[2];
+  const int64_t first = table.num_kept[2 * number], last = table.num_kept[2 * number + 1];
+  if (skipped || step < 1 || step > table.steps) return {};
   const double* const row = table.schedule + 2 * (step - 1);
-  const int64_t* const num_kept = table.num_kept + 2 * number;
-  return {true, step, row[0], row[1], num_kept[0], num_kept[1]};
+  const double* const next = step < table.steps ? row + 2 : row;
+  return {true, step, row[0], row[1], next[0], next[1], first, last};
 }
 
 __device__ const Place& last_place(const SwapTable& table, uint32_t number) {
@@ -75,6 +83,7 @@ __device__ void change(const SwapLayer& layer, uint32_t index, bool keep) {
   }
   if (!layer.effective) return;
   int64_t from = 0, to = 0;
+#pragma unroll 1
   for (uint32_t dim = layer.num_dims; dim-- > 0;) {
     const Dim& d = layer.dims[dim];
     const int64_t i = index % d.size;
@@ -101,12 +110,24 @@ __device__ void write_stats(const SwapTable& table, uint32_t number, const Plan&
   row[4] = cold;
 }
 
-// Where the next step's list of one class must reach: what leaves now three times over, and some more.
-__device__ uint64_t bound_rank(uint32_t taken) { return 3 * uint64_t{taken} + 65; }
-
-__device__ bool wants_bound(uint32_t taken, uint32_t count, uint32_t numel) {
-  return count > candidate_capacity(numel) / 4 && bound_rank(taken) <= count;
+// The last rank that the next step's list of a class needs, in a list of `count` of which `taken` swap now
+// and `wanted` then: six times as many. 0 if the list is too short to tell.
+__device__ uint32_t bound_rank(uint32_t count, uint32_t taken, uint32_t wanted) {
+  const int64_t left = int64_t{count} - taken, reach = 6 * int64_t{wanted} + 65;
+  if (left < 2 * int64_t{wanted} + 32) return 0;
+  return static_cast<uint32_t>(taken + (reach < left ? reach : left));
 }
+
+// Both lists' such ranks.
+struct Bounds {
+  uint32_t entering, leaving;
+
+  __device__ Bounds(const Request& request, const Plan& plan, uint32_t pruned, uint32_t kept) {
+    const uint32_t wanted = request.next_granted(plan.proposed);
+    entering = bound_rank(pruned, plan.entered, wanted);
+    leaving = bound_rank(kept, plan.left, wanted + plan.target - request.next_target(plan.target));
+  }
+};
 
 // Aims the next step's window: where the threshold will be if it moves on as it did, and three times as wide
 // as the last miss. The lists' ends follow the threshold, too; a bound of 0 is the window's own.
@@ -123,8 +144,8 @@ __device__ void arm(Segment& segment, float threshold, uint64_t entering_bound, 
   Window& window = segment.window;
   window.low = segment.predicted - segment.half_width;
   window.high = segment.predicted + segment.half_width;
-  window.pruned_low = entering_bound ? score_of(entering_bound) + moved : window.low;
-  window.kept_high = leaving_bound ? score_of(leaving_bound) + moved : window.high;
+  window.pruned_low = entering_bound ? fmaxf(score_of(entering_bound) + moved, window.low) : window.low;
+  window.kept_high = leaving_bound ? fminf(score_of(leaving_bound) + moved, window.high) : window.high;
 }
 
 __device__ float score_at(const SwapTable& table, uint32_t number, uint64_t rank) {
@@ -136,159 +157,284 @@ __device__ float score_at(const SwapTable& table, uint32_t number, uint64_t rank
 
 constexpr uint32_t kListBatch = 4;
 
-// The candidates of one class, as values of which the largest swap first.
-struct List {
+// The candidates of both classes, the pruned ones first, as values of which the largest of a class swap:
+// ranks of the pruned, turned ranks of the kept.
+struct Lists {
   const uint64_t* ranks;
-  uint32_t count;
-  uint64_t turned;  // bits in which a value differs from the rank
+  uint32_t pruned_at, num_pruned, count;
 
-  // visit(value) for the thread's share, some of which are on their way at a time.
+  // visit(value, leaves) for the thread's share, some of which are on their way at a time. A kernel that runs
+  // once on a multiprocessor waits for its own instructions, too, so those of `visit` are there once.
   template <class Visit>
   __device__ void each(const Visit& visit) const {
+#pragma unroll 1
     for (uint32_t first = threadIdx.x; first < count; first += kListBatch * blockDim.x) {
       uint64_t batch[kListBatch];
 #pragma unroll
       for (uint32_t i = 0; i < kListBatch; ++i) {
         const uint32_t at = first + i * blockDim.x;
-        batch[i] = at < count ? ranks[at] : 0;
+        batch[i] = at < count ? ranks[at < num_pruned ? pruned_at + at : at - num_pruned] : 0;
       }
-#pragma unroll
-      for (uint32_t i = 0; i < kListBatch; ++i) {
-        if (first + i * blockDim.x < count) visit(batch[i] ^ turned);
-      }
-    }
-  }
-};
-
-struct Lists {
-  List entering, leaving;  // pruned and kept weights
-
-  __device__ List of(uint32_t problem) const { return problem % 2 == kEntering ? entering : leaving; }
-};
-
-// What the lists hold around the threshold.
-struct Borders {
-  uint64_t threshold;          // rank of the last of the target set
-  uint64_t entering, leaving;  // the largest value of either list
-
-  __device__ uint64_t first_of(uint32_t problem) const {
-    return problem % 2 == kEntering ? entering : leaving;
-  }
-};
-
-// Finds the threshold among the candidates inside the window, and the number of those that want to enter;
-// false if the window misses it.
-__device__ bool find_threshold(const Lists& lists, const Segment& segment, Plan& plan, Borders& borders,
-                               SelectShared& shared) {
-  const uint64_t low = uint64_t{rank_key(segment.window.low)} << 32;
-  const uint64_t high = uint64_t{rank_key(segment.window.high)} << 32 | 0xffffffffu;
-  if (plan.target <= segment.counts.above) return false;
-  const auto each_rank = [&](const auto& visit) {
-    lists.entering.each(visit);
-    lists.leaving.each([&](uint64_t value) { visit(~value); });
-  };
-  uint64_t cut = 0;
-  if (!select(low, high, plan.target - segment.counts.above, each_rank, shared, cut)) return false;
-
-  uint64_t entering = 0, leaving = 0, last = 0;  // that one negated
-  uint32_t proposed = 0;
-  lists.entering.each([&](uint64_t rank) {
-    entering = entering < rank ? rank : entering;
-    if (rank < cut || rank > high) return;
-    last = last < ~rank ? ~rank : last;
-    ++proposed;
-  });
-  lists.leaving.each([&](uint64_t value) {
-    leaving = leaving < value ? value : leaving;
-    if (~value >= cut && ~value <= high && last < value) last = value;
-  });
-  borders.threshold = ~largest_of_block(last, shared.largest);
-  borders.entering = largest_of_block(entering, shared.largest);
-  borders.leaving = largest_of_block(leaving, shared.largest);
-  proposed = sum_up_to(proposed, shared.sums);
-  if (threadIdx.x == blockDim.x - 1) shared.total = proposed;
-  __syncthreads();
-  plan.proposed = segment.counts.pruned_above + shared.total;
-  return true;
-}
-
-// Finds the cuts of all that swaps, and where the next step's lists may end: a cut of 0 is the window's own
-// end. False if a list is too short.
-__device__ bool find_cuts(const Lists& lists, const Plan& plan, const Borders& borders, uint32_t numel,
-                          SelectShared& shared) {
 #pragma unroll 1
-  for (uint32_t i = 0; i < kProblems; ++i) {
-    const List list = lists.of(i);
-    const uint32_t taken = i % 2 == kEntering ? plan.entered : plan.left;
-    uint64_t low = i % 2 == kEntering ? borders.threshold : ~borders.threshold, cut = 0;
-    uint32_t k = taken;
-    if (i >= kEnteringBound) {
-      low = 0;
-      k = wants_bound(taken, list.count, numel) ? static_cast<uint32_t>(bound_rank(taken)) : 0;
+      for (uint32_t i = 0, at = first; i < kListBatch && at < count; ++i, at += blockDim.x) {
+        const bool leaves = at >= num_pruned;
+        visit(leaves ? ~batch[0] : batch[0], leaves);
+#pragma unroll
+        for (uint32_t j = 1; j < kListBatch; ++j) batch[j - 1] = batch[j];
+      }
     }
-    const auto each = [&](const auto& visit) { list.each(visit); };
-    if (k > 0 && !select(low, borders.first_of(i), k, each, shared, cut)) return false;
-    if (threadIdx.x == 0) shared.cuts[i] = cut;
   }
-  __syncthreads();
-  return true;
+};
+
+// Values from `low` to low + range, of which there are `count`, and the k-th of them from the top is sought.
+struct Choice {
+  uint64_t low, range;
+  uint32_t k, count;
+
+  __device__ bool has(uint64_t value) const { return value - low <= range; }
+};
+
+// Of so few values each is compared with all the others.
+constexpr uint32_t kFew = 256;
+
+struct PickShared : SelectShared {
+  Choice choices[2];
+  uint64_t few[2][kFew], cuts[2], bounds[2];
+  uint32_t num_few[2], crossing;
+};
+
+// All threads must have seen what was chosen before.
+__device__ void reset_choices(PickShared& shared) {
+  if (threadIdx.x >= 2) return;
+  shared.choices[threadIdx.x] = {};
+  shared.bounds[threadIdx.x] = 0;
+  shared.num_few[threadIdx.x] = 0;
 }
 
+// Equal bins of the keys from `low` to low + range.
+struct WindowBins {
+  uint32_t low, range, shift;
+
+  __device__ WindowBins(uint32_t first, uint32_t last) : low(first), range(last - first) {
+    const uint32_t width = 64 - __clzll(range | 1);
+    shift = width > kDigit ? width - kDigit : 0;
+  }
+  __device__ bool has(uint32_t key) const { return key - low <= range; }
+  __device__ uint32_t of(uint32_t key) const { return (key - low) >> shift; }
+  __device__ uint32_t first(uint32_t bin) const { return low + (bin << shift); }
+  __device__ uint32_t last(uint32_t bin) const {
+    const uint32_t most = range - (bin << shift), width = 1u << shift;
+    return first(bin) + (most < width ? most : width - 1);
+  }
+};
+
+// Bins that grow with the distance of a key from where its list begins, 64 for each doubling: wherever the
+// largest values lie, one look tells most of them apart.
+struct ListBins {
+  uint32_t low;
+
+  __device__ bool has(uint32_t key) const { return key >= low; }
+  __device__ uint32_t of(uint32_t key) const {
+    const uint32_t distance = key - low, doublings = 57 - __clzll(distance | 64);
+    return 64 * doublings + (distance >> doublings);
+  }
+  __device__ uint32_t first(uint32_t bin) const {
+    return low + ((bin - 64 * doublings_of(bin)) << doublings_of(bin));
+  }
+  __device__ uint32_t last(uint32_t bin) const {
+    const uint32_t most = ~first(bin), width = 1u << doublings_of(bin);
+    return first(bin) + (most < width ? most : width - 1);
+  }
+
+ private:
+  static __device__ uint32_t doublings_of(uint32_t bin) { return bin < 128 ? 0 : bin / 64 - 1; }
+};
+
+// The bins of a histogram that a thread looks after, from the top one down: sixteen bits of each count.
+struct Share {
+  const uint32_t* histogram;
+  uint32_t shift, before, sum;  // of the bins above, and of these
+
+  // found(bin, k, count) in the thread whose bins hold the k-th value: it is the new k-th of `count` in a
+  // bin.
+  template <class Found>
+  __device__ void find(uint32_t k, const Found& found) const {
+    uint32_t above = before >> shift & 0xffff;
+    if (k <= above || k > above + (sum >> shift & 0xffff)) return;
+    uint32_t bin = kBins - 1 - threadIdx.x * (kBins / blockDim.x);
+    for (uint32_t count;; above += count, --bin) {
+      count = histogram[bin] >> shift & 0xffff;
+      if (k <= above + count) return found(bin, k - above, count);
+    }
+  }
+
+  template <class Bins>
+  __device__ void choose(uint32_t k, const Bins& bins, Choice& choice) const {
+    find(k, [&](uint32_t bin, uint32_t left, uint32_t count) {
+      const uint32_t low = bins.first(bin), range = bins.last(bin) - low;
+      choice = {uint64_t{low} << 32, uint64_t{range} << 32 | 0xffffffffu, left, count};
+    });
+  }
+};
+
+// All threads must come here, and see the histogram.
+__device__ Share share_of(const uint32_t* histogram, SumScratch& scratch) {
+  const uint32_t each = kBins / blockDim.x, top = kBins - 1 - threadIdx.x * each;
+  uint32_t sum = 0;
+#pragma unroll 1
+  for (uint32_t i = 0; i < each; ++i) sum += histogram[top - i];
+  return {histogram, 0, sum_up_to(sum, scratch) - sum, sum};
+}
+
+// The values of one list, or with `all` the ranks of both as the first.
+__device__ uint64_t value_in(bool all, uint64_t value, bool leaves, uint32_t& which) {
+  which = !all && leaves;
+  return all && leaves ? ~value : value;
+}
+
+// Sets the cuts to the values that shared.choices seek, in both lists side by side, or with `all` the first
+// of them in the ranks of both lists together.
+__device__ void pick(const Lists& lists, bool all, PickShared& shared) {
+#pragma unroll 1
+  for (uint32_t i = 0; i < 2; ++i) {
+    Choice& choice = shared.choices[i];
+    while (choice.count > kFew) {  // a digit of the distance a round
+      const uint32_t width = 64 - __clzll(choice.range), shift = width > kDigit ? width - kDigit : 0;
+      uint32_t* const histogram = shared.histograms[2];
+      clear(histogram);
+      __syncthreads();
+      lists.each([&](uint64_t value, bool leaves) {
+        uint32_t which;
+        value = value_in(all, value, leaves, which);
+        if (which == i && choice.has(value)) atomicAdd(&histogram[(value - choice.low) >> shift], 1u);
+      });
+      __syncthreads();
+      find_bin(histogram, choice.k, shared);
+      if (threadIdx.x == 0) {
+        const Bin& bin = shared.bin;
+        const uint64_t before = uint64_t{bin.bin} << shift, last = (1ull << shift) - 1;
+        const uint64_t range = choice.range - before;
+        choice = {choice.low + before, range < last ? range : last, bin.k, bin.count};
+      }
+      __syncthreads();
+    }
+  }
+  lists.each([&](uint64_t value, bool leaves) {
+    uint32_t which;
+    value = value_in(all, value, leaves, which);
+    const Choice& choice = shared.choices[which];
+    if (choice.count && choice.has(value)) shared.few[which][atomicAdd(&shared.num_few[which], 1u)] = value;
+  });
+  __syncthreads();
+  const uint32_t first = shared.choices[0].count, both = first + shared.choices[1].count;
+#pragma unroll 1
+  for (uint32_t at = threadIdx.x / kWarp; at < both; at += blockDim.x / kWarp) {
+    const uint32_t which = at >= first;
+    const Choice& choice = shared.choices[which];
+    const uint64_t* const few = shared.few[which];
+    const uint64_t value = few[which ? at - first : at];
+    uint32_t larger = 0;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % kWarp; i < choice.count; i += kWarp) larger += few[i] > value;
+    larger = __reduce_add_sync(kAllLanes, larger);
+    if (threadIdx.x % kWarp == 0 && larger == choice.k - 1) shared.cuts[which] = value;
+  }
+  __syncthreads();
+}
+
+// What the update has left of a segment's candidates.
+struct Emitted {
+  int64_t step;
+  Window window;
+  Counts counts;
+
+  // All conditions are looked at together, for each would wait for memory of its own.
+  __device__ bool suffices(const SwapTable& table, int64_t now, uint32_t capacity) const {
+    return static_cast<uint32_t>(step == now) & (table.pairs == Pairs::kBest) &
+           (counts.kept_out <= capacity) & (counts.pruned_out <= capacity) &
+           (counts.kept_out + counts.pruned_out <= kMostForOneBlock) & (window.low <= window.high);
+  }
+};
+
+// Takes the segment's swaps from its candidates; false if they do not suffice. One look at the lists sorts
+// them into bins by their keys, of which the rest needs only those that hold a value sought.
+//
 // The lists hold every score in the window, every kept one up to `lowest_until` and every pruned one from
 // `highest_from`, so whatever is chosen inside these bounds is what a scan of all scores would choose.
-__device__ bool reach_far_enough(const Lists& lists, const Window& window, const Plan& plan,
-                                 const SelectShared& shared) {
+__device__ bool swap_candidates(const SwapTable& table, uint32_t number, const Request& request,
+                                const Emitted& emitted, PickShared& shared) {
+  const Window& window = emitted.window;
+  const Counts& counts = emitted.counts;
+  const uint32_t capacity = candidate_capacity(numel_of(table, number));
+  if (!emitted.suffices(table, request.step, capacity)) return false;
+  const uint64_t* const ranks = table.ranks + table.layers[number].place.lists;
+  const Lists lists = {ranks, capacity, counts.pruned_out, counts.pruned_out + counts.kept_out};
   const float highest_from =
       window.pruned_low <= window.high ? fminf(window.pruned_low, window.low) : window.pruned_low;
   const float lowest_until =
       window.kept_high >= window.low ? fmaxf(window.kept_high, window.high) : window.kept_high;
-  const uint64_t from = uint64_t{rank_key(highest_from)} << 32;
-  const uint64_t until = uint64_t{rank_key(lowest_until)} << 32 | 0xffffffffu;
-  bool beyond = false;
-#pragma unroll 1
-  for (uint32_t i = kEntering; i <= kLeaving; ++i) {
-    const uint64_t cut = shared.cuts[i], end = i == kEntering ? from : ~until;
-    if ((i == kEntering ? plan.entered : plan.left) == 0 || cut >= end) continue;
-    lists.of(i).each([&](uint64_t value) { beyond |= value >= cut && value < end; });
-  }
-  return !__syncthreads_or(beyond);
-}
+  const ListBins entering = {rank_key(highest_from)}, leaving = {~rank_key(lowest_until)};
+  const WindowBins inside(rank_key(window.low), rank_key(window.high));
 
-__device__ bool swap_candidates(const SwapTable& table, uint32_t number, const Request& request,
-                                SelectShared& shared) {
-  Segment& segment = table.segments[number];
-  const Counts& counts = segment.counts;
-  const uint32_t numel = numel_of(table, number), capacity = candidate_capacity(numel);
-  if (segment.emitted_at != request.step || table.pairs != Pairs::kBest || counts.kept_out > capacity ||
-      counts.pruned_out > capacity || counts.kept_out + counts.pruned_out > kMostForOneBlock) {
-    return false;
-  }
-  const uint64_t* const ranks = table.ranks + table.layers[number].place.lists;
-  const Lists lists = {{ranks + capacity, counts.pruned_out, 0}, {ranks, counts.kept_out, ~0ull}};
+  uint32_t *const in_window = shared.histograms[0], *const in_lists = shared.histograms[1];
+  __syncthreads();
+  clear(in_window);
+  clear(in_lists);  // of the leaving in the upper halves
+  reset_choices(shared);
+  if (threadIdx.x == 0) shared.crossing = 0;
+  __syncthreads();
+  lists.each([&](uint64_t value, bool leaves) {
+    const uint32_t key = key_of(value), score = leaves ? ~key : key;
+    const ListBins bins = leaves ? leaving : entering;
+    if (inside.has(score)) atomicAdd(&in_window[inside.of(score)], 1u);
+    if (bins.has(key)) atomicAdd(&in_lists[bins.of(key)], leaves ? 1u << 16 : 1u);
+  });
+  __syncthreads();
+
   Plan plan = {};
-  Borders borders = {};
   plan.kept = counts.kept;
-  plan.target = request.target(counts.kept);
-  if (!find_threshold(lists, segment, plan, borders, shared)) return false;
+  plan.target = request.target(plan.kept);
+  if (plan.target <= counts.above) return false;
+  share_of(in_window, shared.sums).choose(plan.target - counts.above, inside, shared.choices[0]);
+  Share share = share_of(in_lists, shared.sums);
+  if (shared.choices[0].count == 0) return false;
+  pick(lists, true, shared);
+  const uint64_t threshold = shared.cuts[0];
+  const float score = threadIdx.x == 0 ? score_at(table, number, threshold) : 0;  // on its way from here
+
+  uint32_t crossing = 0;
+  lists.each([&](uint64_t value, bool leaves) {
+    crossing += !leaves && value >= threshold && inside.has(key_of(value));
+  });
+  crossing = __reduce_add_sync(kAllLanes, crossing);
+  if (threadIdx.x % kWarp == 0 && crossing) atomicAdd(&shared.crossing, crossing);
+  reset_choices(shared);
+  __syncthreads();
+  plan.proposed = counts.pruned_above + shared.crossing;
   plan.entered = request.granted(plan.proposed);
   plan.left = plan.entered + plan.kept - plan.target;
-  if (!find_cuts(lists, plan, borders, numel, shared)) return false;
-  if (!reach_far_enough(lists, segment.window, plan, shared)) return false;
-
+  const Bounds bounds(request, plan, counts.pruned_out, counts.kept_out);
 #pragma unroll 1
-  for (uint32_t i = kEntering; i <= kLeaving; ++i) {
-    const List list = lists.of(i);
-    const uint64_t cut = shared.cuts[i];
-    if ((i == kEntering ? plan.entered : plan.left) == 0) continue;
-    list.each([&](uint64_t value) {
-      if (value >= cut) swap_bit(table, number, value ^ list.turned, i == kEntering);
-    });
+  for (uint32_t i = 0; i < 2; ++i) {
+    const ListBins bins = i ? leaving : entering;
+    share.shift = 16 * i;
+    share.choose(i ? plan.left : plan.entered, bins, shared.choices[i]);
+    share.find(i ? bounds.leaving : bounds.entering,
+               [&](uint32_t bin, uint32_t, uint32_t) { shared.bounds[i] = uint64_t{bins.first(bin)} << 32; });
   }
+  __syncthreads();
+  if ((plan.entered && shared.choices[0].count == 0) || (plan.left && shared.choices[1].count == 0)) {
+    return false;
+  }
+  pick(lists, false, shared);
+
+  lists.each([&](uint64_t value, bool leaves) {
+    if ((leaves ? plan.left : plan.entered) == 0 || value < shared.cuts[leaves]) return;
+    swap_bit(table, number, leaves ? ~value : value, !leaves);
+  });
   if (threadIdx.x == 0) {
-    const float score = score_at(table, number, borders.threshold);
-    const uint64_t entering_bound = shared.cuts[kEnteringBound], leaving_bound = shared.cuts[kLeavingBound];
     write_stats(table, number, plan, score, false);
-    arm(segment, score, entering_bound, leaving_bound ? ~leaving_bound : 0);
+    arm(table.segments[number], score, shared.bounds[0], shared.bounds[1] ? ~shared.bounds[1] : 0);
   }
   return true;
 }
@@ -308,11 +454,13 @@ __device__ void start_rounds(const SwapTable& table, uint32_t number) {
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ SwapTable table) {
-  SelectShared& shared = shared_memory<SelectShared>();
+  PickShared& shared = shared_memory<PickShared>();
   for (uint32_t number = blockIdx.x; number < (table.joint ? 1 : table.count); number += gridDim.x) {
+    const Segment& segment = table.segments[number];
+    const Emitted emitted = {segment.emitted_at, segment.window, segment.counts};
     const Request request = request_of(table, number);
     const bool nothing = !request.active || numel_of(table, number) == 0;
-    const bool done = nothing || swap_candidates(table, number, request, shared);
+    const bool done = nothing || swap_candidates(table, number, request, emitted, shared);
     if (threadIdx.x != 0) continue;
     table.segments[number].round = kNoRound;
     if (nothing) write_stats(table, number, {}, 0.0f, false);
@@ -465,19 +613,14 @@ class Rounds {
   __device__ void set_counts(uint32_t number, uint32_t proposed) {
     Plan& plan = shared_.plan;
     const Request request = request_of(table_, number);
-    const uint32_t numel = numel_of(table_, number);
     plan.proposed = proposed;
     plan.entered = request.granted(proposed);
     plan.left = plan.entered + plan.kept - plan.target;
-    const uint32_t leaving = proposed + plan.kept - plan.target;
     plan.problems[kEntering].k = plan.entered;
     plan.problems[kLeaving].k = plan.left;
-    if (wants_bound(plan.entered, proposed, numel)) {
-      plan.problems[kEnteringBound].k = static_cast<uint32_t>(bound_rank(plan.entered));
-    }
-    if (wants_bound(plan.left, leaving, numel)) {
-      plan.problems[kLeavingBound].k = static_cast<uint32_t>(bound_rank(plan.left));
-    }
+    const Bounds bounds(request, plan, proposed, proposed + plan.kept - plan.target);
+    plan.problems[kEnteringBound].k = bounds.entering;
+    plan.problems[kLeavingBound].k = bounds.leaving;
   }
 
   __device__ void scan_to_apply(const SwapLayer& layer, uint32_t tile, uint32_t) {
@@ -535,7 +678,7 @@ cudaError_t swap(const Launch& launch, const std::vector<SwapLayer>& layers, Swa
     part.histograms = workspace.histograms() + first * kProblems * kBins;
     const int64_t segments = part.joint ? 1 : part.count;
     const cudaError_t error = start(select_kernel, launch.stream, launch.blocks ? launch.blocks : segments,
-                                    launch.threads_or(kSelectThreads), sizeof(SelectShared), part);
+                                    launch.threads_or(kSelectThreads), sizeof(PickShared), part);
     if (error != cudaSuccess || part.tiles == 0) return error;
     return start(scan_kernel, launch.stream, launch.blocks_for(part.tiles, 2),
                  launch.threads_or(kScanThreads), sizeof(SelectShared), part);
