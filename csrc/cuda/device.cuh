@@ -13,6 +13,23 @@ namespace jackpot {
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+// Comes first in all threads of all kernels, before they read what another kernel may have written and before
+// they write, also where there is nothing to do: whoever waits for this kernel relies on those ahead of it,
+// too, having ended.
+__device__ inline void wait_for_kernel_ahead() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// From here on the next kernel may start, to wait in its turn. Not in the last one of a step: a kernel of
+// others that follows it may look at weights before it waits.
+__device__ inline void let_next_kernel_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 template <class Shared>
 __device__ Shared& shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared[];

@@ -78,6 +78,8 @@ __device__ void count_step(const UpdateTable& table) {
 }
 
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ UpdateTable table) {
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
   Counters& counters = table.header->counters;
   bool bad = false;
@@ -239,6 +241,8 @@ __device__ void update_tile(const UpdateTable& table, uint32_t tile, uint32_t nu
 }
 
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
   const bool skip = table.control[2];
   for (uint32_t i = blockIdx.x; i < table.tiles; i += gridDim.x) {
@@ -262,15 +266,14 @@ cudaError_t score_update(const Launch& launch, const std::vector<UpdateLayer>& l
   table.all_segments = workspace.segments();
   table.num_segments = workspace.num_segments();
   const auto check = [&](const UpdateTable& part, size_t) {
-    return start(check_kernel, launch.stream, launch.blocks_for(part.tiles, 8), kThreads, sizeof(Shared),
-                 part);
+    return start(check_kernel, launch, launch.blocks_for(part.tiles, 8), kThreads, sizeof(Shared), part);
   };
   const auto update = [&](UpdateTable& part, size_t first) {
     if (part.tiles == 0) return cudaSuccess;
     part.hyper = hyper + 5 * first;
     part.segments = part.all_segments ? part.all_segments + first : nullptr;
     const int64_t blocks = launch.blocks ? launch.blocks : part.tiles;
-    return start(update_kernel, launch.stream, blocks, kThreads, sizeof(Shared), part);
+    return start(update_kernel, launch, blocks, kThreads, sizeof(Shared), part);
   };
   // No score may change before the last gradient has been seen.
   const cudaError_t error = for_each_part(launch, table, layers, kUpdateTile, check);

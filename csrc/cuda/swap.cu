@@ -454,6 +454,8 @@ __device__ void start_rounds(const SwapTable& table, uint32_t number) {
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ SwapTable table) {
+  wait_for_kernel_ahead();
+  let_next_kernel_start();
   PickShared& shared = shared_memory<PickShared>();
   for (uint32_t number = blockIdx.x; number < (table.joint ? 1 : table.count); number += gridDim.x) {
     const Segment& segment = table.segments[number];
@@ -651,6 +653,7 @@ class Rounds {
 };
 
 __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(const __grid_constant__ SwapTable table) {
+  wait_for_kernel_ahead();
   const uint64_t cold = table.header->counters.cold;
   if (cold == 0) return;
   SelectShared& shared = shared_memory<SelectShared>();
@@ -677,11 +680,11 @@ cudaError_t swap(const Launch& launch, const std::vector<SwapLayer>& layers, Swa
     part.segments = workspace.segments() + first;
     part.histograms = workspace.histograms() + first * kProblems * kBins;
     const int64_t segments = part.joint ? 1 : part.count;
-    const cudaError_t error = start(select_kernel, launch.stream, launch.blocks ? launch.blocks : segments,
+    const cudaError_t error = start(select_kernel, launch, launch.blocks ? launch.blocks : segments,
                                     launch.threads_or(kSelectThreads), sizeof(PickShared), part);
     if (error != cudaSuccess || part.tiles == 0) return error;
-    return start(scan_kernel, launch.stream, launch.blocks_for(part.tiles, 2),
-                 launch.threads_or(kScanThreads), sizeof(SelectShared), part);
+    return start(scan_kernel, launch, launch.blocks_for(part.tiles, 2), launch.threads_or(kScanThreads),
+                 sizeof(SelectShared), part);
   });
 }
 

@@ -54,6 +54,7 @@ class Rounds {
 
 __global__ void __launch_bounds__(kThreads, 2)
     threshold_kernel(const __grid_constant__ ThresholdTable table) {
+  wait_for_kernel_ahead();
   SelectShared& shared = shared_memory<SelectShared>();
   const uint32_t segments = table.joint ? 1 : table.count;
   if (threadIdx.x == 0) {
@@ -79,8 +80,8 @@ cudaError_t threshold(const Launch& launch, const std::vector<ThresholdLayer>& l
     part.index = whole.index + first;
     part.segments = workspace.segments() + first;
     part.histograms = workspace.histograms() + first * kProblems * kBins;
-    return start(threshold_kernel, launch.stream, launch.blocks_for(part.tiles, 2),
-                 launch.threads_or(kThreads), sizeof(SelectShared), part);
+    return start(threshold_kernel, launch, launch.blocks_for(part.tiles, 2), launch.threads_or(kThreads),
+                 sizeof(SelectShared), part);
   });
 }
 
