@@ -30,25 +30,40 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+// Asks for memory that the kernel ahead leaves alone, before it has ended.
+__device__ inline void prefetch(const void* at) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 template <class Shared>
 __device__ Shared& shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   return *reinterpret_cast<Shared*>(dynamic_shared);
 }
 
-// The last layer whose first tile (or position) is not above the given one.
-template <uint32_t Place::* kStart, class Layer>
-__device__ uint32_t layer_from(const Layer* layers, uint32_t count, uint32_t at) {
+// The last of `count` things whose start is not above the given one.
+template <class Start>
+__device__ uint32_t last_from(uint32_t count, uint32_t at, const Start& start) {
   uint32_t low = 0, high = count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    if (layers[middle].place.*kStart <= at) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+    (start(middle) <= at ? low : high) = middle;
   }
   return low;
+}
+
+// Each step of the search waits for a line of the parameters, so it looks where the first tiles of many
+// layers share one.
+template <class Table>
+__device__ uint32_t layer_of_tile(const Table& table, uint32_t tile) {
+  return last_from(table.count, tile, [&](uint32_t i) { return table.first_tiles[i]; });
+}
+
+template <class Table>
+__device__ uint32_t layer_of_position(const Table& table, uint32_t position) {
+  return last_from(table.count, position, [&](uint32_t i) { return table.layers[i].place.position; });
 }
 
 struct SumScratch {

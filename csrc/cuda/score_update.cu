@@ -13,7 +13,7 @@ static_assert(kThreads * kPerThread == kUpdateTile);
 struct Shared {
   uint32_t kept_out, pruned_out, above, pruned_above, kept;
   uint32_t kept_at, pruned_at;
-  uint32_t last;
+  uint32_t last, bad;
 };
 
 __device__ uint32_t index_of(const Place& place, uint32_t tile, uint32_t group) {
@@ -61,30 +61,39 @@ __device__ void store(float* to, const float* from, const Place& place, uint32_t
   }
 }
 
-__device__ void count_step(const UpdateTable& table) {
-  const bool skip = __ldcg(&table.header->counters.not_finite) || (table.found_inf && *table.found_inf != 0);
-  const int64_t step = table.control[0] + 1;
-  if (!skip) {
+// What the last block needs to count the step, asked for with the gradients.
+struct Step {
+  int64_t done, skipped;
+  float found_inf;
+
+  __device__ explicit Step(const UpdateTable& table)
+      : done(table.control[0]),
+        skipped(table.control[1]),
+        found_inf(table.found_inf ? *table.found_inf : 0.0f) {}
+
+  __device__ void count(const UpdateTable& table, bool bad) const {
+    const bool skip = bad || found_inf != 0;
+    if (threadIdx.x == 0) {
+      table.control[2] = skip;
+      table.control[skip ? 1 : 0] = (skip ? skipped : done) + 1;
+    }
+    if (skip) return;
     for (uint32_t s = threadIdx.x; s < table.num_segments; s += blockDim.x) {
       table.all_segments[s].counts = {};
-      table.all_segments[s].emitted_at = table.all_segments[s].armed ? step : 0;
+      table.all_segments[s].emitted_at = done + 1;
     }
   }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  table.header->counters.not_finite = 0;
-  table.control[2] = skip;
-  table.control[skip ? 1 : 0] += 1;
-}
+};
 
+// One addition tells that a block is done and what it saw, so that no block waits for the others to see it.
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ UpdateTable table) {
   wait_for_kernel_ahead();
   let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
-  Counters& counters = table.header->counters;
+  const Step step(table);
   bool bad = false;
   for (uint32_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
-    const UpdateLayer& layer = table.layers[layer_from<&Place::first_tile>(table.layers, table.count, tile)];
+    const UpdateLayer& layer = table.layers[layer_of_tile(table, tile)];
     if (!layer.grads) continue;
     float grads[kPerThread];
 #pragma unroll
@@ -94,10 +103,17 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
 #pragma unroll
     for (uint32_t j = 0; j < kPerThread; ++j) bad |= (float_bits(grads[j]) & 0x7f800000u) == 0x7f800000u;
   }
-  if (__any_sync(kAllLanes, bad) && threadIdx.x % kWarp == 0) atomicOr(&counters.not_finite, 1u);
-  if (!is_last(&counters.blocks_done, gridDim.x, shared.last)) return;
-  if (threadIdx.x == 0) counters.blocks_done = 0;
-  if (table.last) count_step(table);
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x == 0) {
+    auto* const checked = reinterpret_cast<unsigned long long*>(&table.header->counters.checked);
+    const unsigned long long before = atomicAdd(checked, uint64_t{bad} << 32 | 1ull);
+    shared.last = static_cast<uint32_t>(before) == gridDim.x - 1;
+    shared.bad = bad || before >> 32;
+    // The next launch of this step goes on with what was seen.
+    if (shared.last) *checked = shared.bad && !table.last ? 1ull << 32 : 0;
+  }
+  __syncthreads();
+  if (shared.last && table.last) step.count(table, shared.bad);
 }
 
 struct Hyper {
@@ -240,14 +256,28 @@ __device__ void update_tile(const UpdateTable& table, uint32_t tile, uint32_t nu
   emission.write(scores, tile);
 }
 
+// The check leaves scores and momenta alone: they come nearer while its last blocks run.
+__device__ void prefetch_tile(const UpdateTable& table, uint32_t tile) {
+  const UpdateLayer& layer = table.layers[layer_of_tile(table, tile)];
+  if (!layer.grads) return;
+#pragma unroll
+  for (uint32_t i = 0; i < kGroups; ++i) {
+    const uint32_t index = index_of(layer.place, tile, i);
+    if (index >= layer.place.numel) return;
+    prefetch(layer.scores + index);
+    prefetch(layer.momenta + index);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
+  if (blockIdx.x < table.tiles) prefetch_tile(table, table.tiles - 1 - blockIdx.x);
   wait_for_kernel_ahead();
   let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
   const bool skip = table.control[2];
   for (uint32_t i = blockIdx.x; i < table.tiles; i += gridDim.x) {
     const uint32_t tile = table.tiles - 1 - i;
-    const uint32_t number = layer_from<&Place::first_tile>(table.layers, table.count, tile);
+    const uint32_t number = layer_of_tile(table, tile);
     if (is_whole(table.layers[number], tile)) {
       update_tile<true>(table, tile, number, skip, shared);
     } else {

@@ -65,7 +65,7 @@ __device__ uint32_t numel_of(const SwapTable& table, uint32_t number) {
 
 __device__ const SwapLayer& layer_at(const SwapTable& table, uint32_t number, uint32_t position) {
   if (!table.joint) return table.layers[number];
-  return table.layers[layer_from<&Place::position>(table.layers, table.count, position)];
+  return table.layers[layer_of_position(table, position)];
 }
 
 // Of the values that cross the threshold, those with the largest priority swap.
@@ -345,14 +345,15 @@ __device__ void pick(const Lists& lists, bool all, PickShared& shared) {
 // What the update has left of a segment's candidates.
 struct Emitted {
   int64_t step;
+  uint32_t armed;
   Window window;
   Counts counts;
 
   // All conditions are looked at together, for each would wait for memory of its own.
   __device__ bool suffices(const SwapTable& table, int64_t now, uint32_t capacity) const {
-    return static_cast<uint32_t>(step == now) & (table.pairs == Pairs::kBest) &
-           (counts.kept_out <= capacity) & (counts.pruned_out <= capacity) &
-           (counts.kept_out + counts.pruned_out <= kMostForOneBlock) & (window.low <= window.high);
+    return armed & (step == now) & (table.pairs == Pairs::kBest) & (counts.kept_out <= capacity) &
+           (counts.pruned_out <= capacity) & (counts.kept_out + counts.pruned_out <= kMostForOneBlock) &
+           (window.low <= window.high);
   }
 };
 
@@ -459,7 +460,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_con
   PickShared& shared = shared_memory<PickShared>();
   for (uint32_t number = blockIdx.x; number < (table.joint ? 1 : table.count); number += gridDim.x) {
     const Segment& segment = table.segments[number];
-    const Emitted emitted = {segment.emitted_at, segment.window, segment.counts};
+    const Emitted emitted = {segment.emitted_at, segment.armed, segment.window, segment.counts};
     const Request request = request_of(table, number);
     const bool nothing = !request.active || numel_of(table, number) == 0;
     const bool done = nothing || swap_candidates(table, number, request, emitted, shared);

@@ -35,9 +35,7 @@ class Rounds {
     narrow(problem, shared_.bin, true);
     if (!problem.decided) return;
     const uint32_t position = position_of(problem.cut());
-    const auto& layer =
-        table_.layers[table_.joint ? layer_from<&Place::position>(table_.layers, table_.count, position)
-                                   : number];
+    const auto& layer = table_.layers[table_.joint ? layer_of_position(table_, position) : number];
     table_.value[number] = layer.scores[position - layer.place.position];
     table_.index[number] = position;
     shared_.plan.stage = Stage::kFinished;
