@@ -343,6 +343,14 @@ def test_lists_that_end_too_early(replay: Callable[[Message], bytes]) -> None:
     assert run_search(replay, search, Launch()) < steps
 
 
+def test_a_window_full_of_equal_scores(replay: Callable[[Message], bytes]) -> None:
+    """More than are compared with each other: positions alone tell them apart, in rounds of a digit."""
+    numel, steps = 20_000, 6
+    mask = torch.arange(numel) % 25 == 0
+    search = Search([torch.where(mask, 1.0, 0.99)], [mask], [[torch.zeros(numel)]] * steps, last=[500])
+    assert run_search(replay, search, Launch()) < steps - 1
+
+
 def test_without_workspace(replay: Callable[[Message], bytes]) -> None:
     assert run_search(replay, five_layers(4, with_workspace=False), Launch()) == 20
 
