@@ -256,21 +256,29 @@ __device__ void update_tile(const UpdateTable& table, uint32_t tile, uint32_t nu
   emission.write(scores, tile);
 }
 
-// The check leaves scores and momenta alone: they come nearer while its last blocks run.
+// What the check leaves alone comes nearer while its last blocks run.
 __device__ void prefetch_tile(const UpdateTable& table, uint32_t tile) {
-  const UpdateLayer& layer = table.layers[layer_of_tile(table, tile)];
+  const uint32_t number = layer_of_tile(table, tile);
+  const UpdateLayer& layer = table.layers[number];
   if (!layer.grads) return;
+  prefetch(table.hyper + 5 * number);
 #pragma unroll
   for (uint32_t i = 0; i < kGroups; ++i) {
     const uint32_t index = index_of(layer.place, tile, i);
     if (index >= layer.place.numel) return;
     prefetch(layer.scores + index);
     prefetch(layer.momenta + index);
+    prefetch(layer.mask + index / 32);
   }
 }
 
+// More than run at once on any device.
+constexpr uint32_t kFirstBlocks = 1024;
+
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
-  if (blockIdx.x < table.tiles) prefetch_tile(table, table.tiles - 1 - blockIdx.x);
+  if (blockIdx.x < table.tiles && blockIdx.x < kFirstBlocks) {
+    prefetch_tile(table, table.tiles - 1 - blockIdx.x);
+  }
   wait_for_kernel_ahead();
   let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();

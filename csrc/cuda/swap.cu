@@ -84,13 +84,16 @@ __device__ void change(const SwapLayer& layer, uint32_t index, bool keep) {
   if (!layer.effective) return;
   int64_t from = 0, to = 0;
 #pragma unroll 1
-  for (uint32_t dim = layer.num_dims; dim-- > 0;) {
-    const Dim& d = layer.dims[dim];
+  for (uint32_t dim = layer.num_dims; dim > 1;) {
+    const Dim& d = layer.dims[--dim];
     const int64_t i = index % d.size;
     from += i * d.weight_stride;
     to += i * d.effective_stride;
     index /= d.size;
   }
+  // The first dimension, of most layers the only one, takes no division.
+  from += int64_t{index} * layer.dims[0].weight_stride;
+  to += int64_t{index} * layer.dims[0].effective_stride;
   const double value = keep ? load_as_double(layer.weight, layer.weight_dtype, from) : 0.0;
   store_as(layer.effective, layer.effective_dtype, to, value);
 }
