@@ -33,6 +33,10 @@ __device__ inline uint16_t float16_of(float value) {
   return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13);
 }
 
+__device__ inline uint32_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 // Through float64, which every dtype here converts to exactly.
 __device__ inline double load_as_double(const void* from, Dtype dtype, int64_t at) {
   switch (dtype) {

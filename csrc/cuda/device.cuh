@@ -30,7 +30,8 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
-// Asks for memory that the kernel ahead leaves alone, before it has ended.
+// Asks the second-level cache for what is read later, which reads nothing yet: the kernel ahead may still
+// run. Where kernels do not overlap it would mostly ask twice.
 __device__ inline void prefetch(const void* at) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));

@@ -98,6 +98,15 @@ __device__ void change(const SwapLayer& layer, uint32_t index, bool keep) {
   store_as(layer.effective, layer.effective_dtype, to, value);
 }
 
+// Asks for the weight of a value that may enter, while the cuts are sought: a thread that swaps several waits
+// for one after the other. Not worth the divisions of more dimensions.
+__device__ void prefetch_weight(const SwapTable& table, uint32_t number, uint64_t rank) {
+  const SwapLayer& layer = layer_at(table, number, position_of(rank));
+  if (!layer.effective || layer.num_dims != 1) return;
+  const int64_t at = int64_t{position_of(rank) - layer.place.position} * layer.dims[0].weight_stride;
+  prefetch(static_cast<const char*>(layer.weight) + at * size_of(layer.weight_dtype));
+}
+
 __device__ void swap_bit(const SwapTable& table, uint32_t number, uint64_t rank, bool keep) {
   const SwapLayer& layer = layer_at(table, number, position_of(rank));
   change(layer, position_of(rank) - layer.place.position, keep);
@@ -408,7 +417,9 @@ __device__ bool swap_candidates(const SwapTable& table, uint32_t number, const R
 
   uint32_t crossing = 0;
   lists.each([&](uint64_t value, bool leaves) {
-    crossing += !leaves && value >= threshold && inside.has(key_of(value));
+    if (leaves || value < threshold) return;
+    crossing += inside.has(key_of(value));
+    prefetch_weight(table, number, value);
   });
   crossing = __reduce_add_sync(kAllLanes, crossing);
   if (threadIdx.x % kWarp == 0 && crossing) atomicAdd(&shared.crossing, crossing);
