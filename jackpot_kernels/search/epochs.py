@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from jackpot_kernels.data import Batches
 from jackpot_kernels.search.evaluation import evaluate, require_fit
@@ -66,7 +66,10 @@ class EpochLoop(ABC, Generic[Settings]):
         self.device = torch.device(device)
         shared: dict[str, int] = {"seed": settings.seed, "workers": settings.workers}
         self.train = Batches(train, settings.batch_size, self.device, **shared)
-        self.test = Batches(test, settings.batch_size, self.device, **shared)
+        # Without gradients there is room for more, and the host launches a batch of few images no faster: in
+        # batches of 256 a test of ResNet-32 took 0.3 s on an H100, as long as 48 steps of the search.
+        many = self.device.type == "cuda" and isinstance(test, TensorDataset)
+        self.test = Batches(test, settings.batch_size * (4 if many else 1), self.device, **shared)
         self.model = model.to(self.device)
         require_fit(self.model, self.train)
         self._epoch = self._batch = 0  # epochs done, and batches of the next one
