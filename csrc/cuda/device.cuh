@@ -13,27 +13,9 @@ namespace jackpot {
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// Comes first in all threads of all kernels, before they read what another kernel may have written and before
-// they write, also where there is nothing to do: whoever waits for this kernel relies on those ahead of it,
-// too, having ended.
-__device__ inline void wait_for_kernel_ahead() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// From here on the next kernel may start, to wait in its turn. Not in the last one of a step: a kernel of
-// others that follows it may look at weights before it waits.
-__device__ inline void let_next_kernel_start() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
-// Asks the second-level cache for what is read later, which reads nothing yet: the kernel ahead may still
-// run. Where kernels do not overlap it would mostly ask twice.
+// Asks the second-level cache for what is read later, if it is.
 __device__ inline void prefetch(const void* at) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
 }
@@ -44,27 +26,19 @@ __device__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(dynamic_shared);
 }
 
-// The last of `count` things whose start is not above the given one.
-template <class Start>
-__device__ uint32_t last_from(uint32_t count, uint32_t at, const Start& start) {
+// The last layer whose first tile (or position) is not above the given one.
+template <uint32_t Place::* kStart, class Layer>
+__device__ uint32_t layer_from(const Layer* layers, uint32_t count, uint32_t at) {
   uint32_t low = 0, high = count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    (start(middle) <= at ? low : high) = middle;
+    if (layers[middle].place.*kStart <= at) {
+      low = middle;
+    } else {
+      high = middle;
+    }
   }
   return low;
-}
-
-// Each step of the search waits for a line of the parameters, so it looks where the first tiles of many
-// layers share one.
-template <class Table>
-__device__ uint32_t layer_of_tile(const Table& table, uint32_t tile) {
-  return last_from(table.count, tile, [&](uint32_t i) { return table.first_tiles[i]; });
-}
-
-template <class Table>
-__device__ uint32_t layer_of_position(const Table& table, uint32_t position) {
-  return last_from(table.count, position, [&](uint32_t i) { return table.layers[i].place.position; });
 }
 
 struct SumScratch {

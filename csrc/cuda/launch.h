@@ -15,7 +15,6 @@ namespace jackpot {
 struct Launch {
   cudaStream_t stream;
   uint32_t multiprocessors;
-  bool overlaps;                     // a kernel may start before the one ahead of it has ended
   uint32_t blocks, threads, layers;  // 0: as usual
 
   // As many blocks as there are items, up to some for each multiprocessor.
@@ -58,32 +57,14 @@ cudaError_t for_each_part(const Launch& launch, Table& table, const std::vector<
   return error;
 }
 
-// Whether the kernels wait for the one ahead wherever the launch overlaps: only instructions of 9.0 and later
-// can.
-constexpr bool can_wait() {
-#ifdef __CUDA_ARCH_LIST__
-  for (const int arch : {__CUDA_ARCH_LIST__}) {
-    if (arch >= 900) return true;
-  }
-#endif
-  return false;
-}
-
-// The gaps between the four launches of a step were a tenth of it, so each may start while the one ahead
-// still runs, and waits in wait_for_kernel_ahead().
 template <class Kernel, class... Arguments>
-cudaError_t start(Kernel* kernel, const Launch& launch, int64_t blocks, uint32_t threads, size_t shared,
+cudaError_t start(Kernel* kernel, cudaStream_t stream, int64_t blocks, uint32_t threads, size_t shared,
                   const Arguments&... arguments) {
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.attrs = &overlap;
-  config.numAttrs = launch.overlaps && can_wait();
   config.gridDim = dim3(static_cast<uint32_t>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
-  config.stream = launch.stream;
+  config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -12,7 +12,6 @@ __device__ uint32_t low_bits(uint32_t bytes) {  // of four bytes, each 0 or 1
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* mask, uint32_t* words, int64_t numel) {
-  wait_for_kernel_ahead();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const bool aligned = reinterpret_cast<uintptr_t>(mask) % sizeof(uint4) == 0;
   for (int64_t word = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; word * 32 < numel; word += stride) {
@@ -33,7 +32,6 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* mask, uin
 // A thread writes four bytes, so that a warp writes 128 in a row.
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(const uint32_t* words, uint8_t* mask, int64_t numel) {
-  wait_for_kernel_ahead();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   for (int64_t four = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; four * 4 < numel; four += stride) {
     const uint32_t bits = words[four / 8] >> (four % 8 * 4) & 15u;
@@ -53,12 +51,12 @@ int64_t blocks_for(const Launch& launch, int64_t items) {
 
 cudaError_t pack_mask(const Launch& launch, const uint8_t* mask, uint32_t* words, int64_t numel) {
   const int64_t blocks = blocks_for(launch, (numel + 31) / 32);
-  return start(pack_kernel, launch, blocks, kThreads, 0, mask, words, numel);
+  return start(pack_kernel, launch.stream, blocks, kThreads, 0, mask, words, numel);
 }
 
 cudaError_t unpack_mask(const Launch& launch, const uint32_t* words, uint8_t* mask, int64_t numel) {
   const int64_t blocks = blocks_for(launch, (numel + 3) / 4);
-  return start(unpack_kernel, launch, blocks, kThreads, 0, words, mask, numel);
+  return start(unpack_kernel, launch.stream, blocks, kThreads, 0, words, mask, numel);
 }
 
 }  // namespace jackpot

@@ -39,7 +39,6 @@ __device__ void load_row(float* to, const void* from, Dtype dtype, int64_t at) {
 // Both in logical order: a thread multiplies some groups of four that lie a block apart.
 __global__ void __launch_bounds__(kThreads)
     score_grad_rows_kernel(const __grid_constant__ Product p, bool aligned) {
-  wait_for_kernel_ahead();
   const int64_t numel = p.sizes[0], step = int64_t{kThreads} * 4;
   for (int64_t tile = blockIdx.x; tile * kBatch * step < numel; tile += gridDim.x) {
     const int64_t first = tile * kBatch * step + threadIdx.x * 4;
@@ -70,7 +69,6 @@ __global__ void __launch_bounds__(kThreads)
 // is channels_last, and writes it along the innermost one.
 __global__ void __launch_bounds__(kThreads)
     score_grad_tiles_kernel(const __grid_constant__ Product p, uint32_t columns, uint32_t rows_log2) {
-  wait_for_kernel_ahead();
   Shared& shared = shared_memory<Shared>();
   const uint32_t rows = 1u << rows_log2;
   const uint32_t across = (p.sizes[0] + columns - 1) / columns, down = (p.sizes[1] + rows - 1) / rows;
@@ -117,7 +115,7 @@ cudaError_t score_grad(const Launch& launch, const Product& p) {
     const bool aligned = is_aligned(p.grad, p.grad_dtype) && is_aligned(p.weight, p.weight_dtype);
     const int64_t each = int64_t{kThreads} * 4 * kBatch;
     const int64_t blocks = launch.blocks_for((p.sizes[0] + each - 1) / each, 16);
-    return start(score_grad_rows_kernel, launch, blocks, kThreads, 0, p, aligned);
+    return start(score_grad_rows_kernel, launch.stream, blocks, kThreads, 0, p, aligned);
   }
   // Windows of convolutions are columns, some of their channels rows: up to 64 by 128.
   const uint32_t columns = std::min(p.sizes[0], 64u);
@@ -126,8 +124,8 @@ cudaError_t score_grad(const Launch& launch, const Product& p) {
   const int64_t tiles = int64_t{(p.sizes[0] + columns - 1) / columns} *
                         ((p.sizes[1] + (1u << rows_log2) - 1) >> rows_log2) * p.sizes[2];
   const size_t bytes = sizeof(float) * (columns << rows_log2);
-  return start(score_grad_tiles_kernel, launch, launch.blocks_for(tiles, 16), kThreads, bytes, p, columns,
-               rows_log2);
+  return start(score_grad_tiles_kernel, launch.stream, launch.blocks_for(tiles, 16), kThreads, bytes, p,
+               columns, rows_log2);
 }
 
 }  // namespace jackpot

@@ -13,7 +13,7 @@ static_assert(kThreads * kPerThread == kUpdateTile);
 struct Shared {
   uint32_t kept_out, pruned_out, above, pruned_above, kept;
   uint32_t kept_at, pruned_at;
-  uint32_t last, bad;
+  uint32_t last;
 };
 
 __device__ uint32_t index_of(const Place& place, uint32_t tile, uint32_t group) {
@@ -61,39 +61,28 @@ __device__ void store(float* to, const float* from, const Place& place, uint32_t
   }
 }
 
-// What the last block needs to count the step, asked for with the gradients.
-struct Step {
-  int64_t done, skipped;
-  float found_inf;
-
-  __device__ explicit Step(const UpdateTable& table)
-      : done(table.control[0]),
-        skipped(table.control[1]),
-        found_inf(table.found_inf ? *table.found_inf : 0.0f) {}
-
-  __device__ void count(const UpdateTable& table, bool bad) const {
-    const bool skip = bad || found_inf != 0;
-    if (threadIdx.x == 0) {
-      table.control[2] = skip;
-      table.control[skip ? 1 : 0] = (skip ? skipped : done) + 1;
-    }
-    if (skip) return;
+__device__ void count_step(const UpdateTable& table) {
+  const bool skip = __ldcg(&table.header->counters.not_finite) || (table.found_inf && *table.found_inf != 0);
+  const int64_t step = table.control[0] + 1;
+  if (!skip) {
     for (uint32_t s = threadIdx.x; s < table.num_segments; s += blockDim.x) {
       table.all_segments[s].counts = {};
-      table.all_segments[s].emitted_at = done + 1;
+      table.all_segments[s].emitted_at = table.all_segments[s].armed ? step : 0;
     }
   }
-};
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  table.header->counters.not_finite = 0;
+  table.control[2] = skip;
+  table.control[skip ? 1 : 0] += 1;
+}
 
-// One addition tells that a block is done and what it saw, so that no block waits for the others to see it.
 __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__ UpdateTable table) {
-  wait_for_kernel_ahead();
-  let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
-  const Step step(table);
+  Counters& counters = table.header->counters;
   bool bad = false;
   for (uint32_t tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
-    const UpdateLayer& layer = table.layers[layer_of_tile(table, tile)];
+    const UpdateLayer& layer = table.layers[layer_from<&Place::first_tile>(table.layers, table.count, tile)];
     if (!layer.grads) continue;
     float grads[kPerThread];
 #pragma unroll
@@ -103,17 +92,10 @@ __global__ void __launch_bounds__(kThreads) check_kernel(const __grid_constant__
 #pragma unroll
     for (uint32_t j = 0; j < kPerThread; ++j) bad |= (float_bits(grads[j]) & 0x7f800000u) == 0x7f800000u;
   }
-  bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) {
-    auto* const checked = reinterpret_cast<unsigned long long*>(&table.header->counters.checked);
-    const unsigned long long before = atomicAdd(checked, uint64_t{bad} << 32 | 1ull);
-    shared.last = static_cast<uint32_t>(before) == gridDim.x - 1;
-    shared.bad = bad || before >> 32;
-    // The next launch of this step goes on with what was seen.
-    if (shared.last) *checked = shared.bad && !table.last ? 1ull << 32 : 0;
-  }
-  __syncthreads();
-  if (shared.last && table.last) step.count(table, shared.bad);
+  if (__any_sync(kAllLanes, bad) && threadIdx.x % kWarp == 0) atomicOr(&counters.not_finite, 1u);
+  if (!is_last(&counters.blocks_done, gridDim.x, shared.last)) return;
+  if (threadIdx.x == 0) counters.blocks_done = 0;
+  if (table.last) count_step(table);
 }
 
 struct Hyper {
@@ -256,36 +238,12 @@ __device__ void update_tile(const UpdateTable& table, uint32_t tile, uint32_t nu
   emission.write(scores, tile);
 }
 
-// What the check leaves alone comes nearer while its last blocks run.
-__device__ void prefetch_tile(const UpdateTable& table, uint32_t tile) {
-  const uint32_t number = layer_of_tile(table, tile);
-  const UpdateLayer& layer = table.layers[number];
-  if (!layer.grads) return;
-  prefetch(table.hyper + 5 * number);
-#pragma unroll
-  for (uint32_t i = 0; i < kGroups; ++i) {
-    const uint32_t index = index_of(layer.place, tile, i);
-    if (index >= layer.place.numel) return;
-    prefetch(layer.scores + index);
-    prefetch(layer.momenta + index);
-    prefetch(layer.mask + index / 32);
-  }
-}
-
-// More than run at once on any device.
-constexpr uint32_t kFirstBlocks = 1024;
-
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ UpdateTable table) {
-  if (blockIdx.x < table.tiles && blockIdx.x < kFirstBlocks) {
-    prefetch_tile(table, table.tiles - 1 - blockIdx.x);
-  }
-  wait_for_kernel_ahead();
-  let_next_kernel_start();
   Shared& shared = shared_memory<Shared>();
   const bool skip = table.control[2];
   for (uint32_t i = blockIdx.x; i < table.tiles; i += gridDim.x) {
     const uint32_t tile = table.tiles - 1 - i;
-    const uint32_t number = layer_of_tile(table, tile);
+    const uint32_t number = layer_from<&Place::first_tile>(table.layers, table.count, tile);
     if (is_whole(table.layers[number], tile)) {
       update_tile<true>(table, tile, number, skip, shared);
     } else {
@@ -304,14 +262,15 @@ cudaError_t score_update(const Launch& launch, const std::vector<UpdateLayer>& l
   table.all_segments = workspace.segments();
   table.num_segments = workspace.num_segments();
   const auto check = [&](const UpdateTable& part, size_t) {
-    return start(check_kernel, launch, launch.blocks_for(part.tiles, 8), kThreads, sizeof(Shared), part);
+    return start(check_kernel, launch.stream, launch.blocks_for(part.tiles, 8), kThreads, sizeof(Shared),
+                 part);
   };
   const auto update = [&](UpdateTable& part, size_t first) {
     if (part.tiles == 0) return cudaSuccess;
     part.hyper = hyper + 5 * first;
     part.segments = part.all_segments ? part.all_segments + first : nullptr;
     const int64_t blocks = launch.blocks ? launch.blocks : part.tiles;
-    return start(update_kernel, launch, blocks, kThreads, sizeof(Shared), part);
+    return start(update_kernel, launch.stream, blocks, kThreads, sizeof(Shared), part);
   };
   // No score may change before the last gradient has been seen.
   const cudaError_t error = for_each_part(launch, table, layers, kUpdateTile, check);

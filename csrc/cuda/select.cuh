@@ -105,7 +105,12 @@ __device__ inline void take_histogram(uint32_t* to, uint32_t* from) {
 
 // The last participant whose first tile is not above the given one.
 __device__ inline uint32_t participant_of(uint32_t tile, const SelectShared& shared) {
-  return last_from(shared.participants, tile, [&](uint32_t i) { return shared.participant[i].first_tile; });
+  uint32_t low = 0, high = shared.participants;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (shared.participant[middle].first_tile <= tile ? low : high) = middle;
+  }
+  return low;
 }
 
 // Waits until a round may run and takes its plan; false if the segment needs it no more.
@@ -155,7 +160,8 @@ __device__ void run_rounds(const Table& table, uint32_t rounds, Operation& opera
     if (round >= rounds) break;
     const auto& [number, first_tile] = shared.participant[participant_of(at, shared)];
     const uint32_t tile = table.layers[number].place.first_tile + at - first_tile;
-    const uint32_t layer = table.joint ? layer_of_tile(table, tile) : number;
+    const uint32_t layer =
+        table.joint ? layer_from<&Place::first_tile>(table.layers, table.count, tile) : number;
     Segment& segment = table.segments[number];
     if (!enter_round(segment, round, shared)) continue;
     operation.scan(tile, layer, number);

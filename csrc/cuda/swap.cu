@@ -65,7 +65,7 @@ __device__ uint32_t numel_of(const SwapTable& table, uint32_t number) {
 
 __device__ const SwapLayer& layer_at(const SwapTable& table, uint32_t number, uint32_t position) {
   if (!table.joint) return table.layers[number];
-  return table.layers[layer_of_position(table, position)];
+  return table.layers[layer_from<&Place::position>(table.layers, table.count, position)];
 }
 
 // Of the values that cross the threshold, those with the largest priority swap.
@@ -84,16 +84,13 @@ __device__ void change(const SwapLayer& layer, uint32_t index, bool keep) {
   if (!layer.effective) return;
   int64_t from = 0, to = 0;
 #pragma unroll 1
-  for (uint32_t dim = layer.num_dims; dim > 1;) {
-    const Dim& d = layer.dims[--dim];
+  for (uint32_t dim = layer.num_dims; dim-- > 0;) {
+    const Dim& d = layer.dims[dim];
     const int64_t i = index % d.size;
     from += i * d.weight_stride;
     to += i * d.effective_stride;
     index /= d.size;
   }
-  // The first dimension, of most layers the only one, takes no division.
-  from += int64_t{index} * layer.dims[0].weight_stride;
-  to += int64_t{index} * layer.dims[0].effective_stride;
   const double value = keep ? load_as_double(layer.weight, layer.weight_dtype, from) : 0.0;
   store_as(layer.effective, layer.effective_dtype, to, value);
 }
@@ -357,15 +354,14 @@ __device__ void pick(const Lists& lists, bool all, PickShared& shared) {
 // What the update has left of a segment's candidates.
 struct Emitted {
   int64_t step;
-  uint32_t armed;
   Window window;
   Counts counts;
 
   // All conditions are looked at together, for each would wait for memory of its own.
   __device__ bool suffices(const SwapTable& table, int64_t now, uint32_t capacity) const {
-    return armed & (step == now) & (table.pairs == Pairs::kBest) & (counts.kept_out <= capacity) &
-           (counts.pruned_out <= capacity) & (counts.kept_out + counts.pruned_out <= kMostForOneBlock) &
-           (window.low <= window.high);
+    return static_cast<uint32_t>(step == now) & (table.pairs == Pairs::kBest) &
+           (counts.kept_out <= capacity) & (counts.pruned_out <= capacity) &
+           (counts.kept_out + counts.pruned_out <= kMostForOneBlock) & (window.low <= window.high);
   }
 };
 
@@ -469,12 +465,10 @@ __device__ void start_rounds(const SwapTable& table, uint32_t number) {
 }
 
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_constant__ SwapTable table) {
-  wait_for_kernel_ahead();
-  let_next_kernel_start();
   PickShared& shared = shared_memory<PickShared>();
   for (uint32_t number = blockIdx.x; number < (table.joint ? 1 : table.count); number += gridDim.x) {
     const Segment& segment = table.segments[number];
-    const Emitted emitted = {segment.emitted_at, segment.armed, segment.window, segment.counts};
+    const Emitted emitted = {segment.emitted_at, segment.window, segment.counts};
     const Request request = request_of(table, number);
     const bool nothing = !request.active || numel_of(table, number) == 0;
     const bool done = nothing || swap_candidates(table, number, request, emitted, shared);
@@ -668,7 +662,6 @@ class Rounds {
 };
 
 __global__ void __launch_bounds__(kScanThreads, 2) scan_kernel(const __grid_constant__ SwapTable table) {
-  wait_for_kernel_ahead();
   const uint64_t cold = table.header->counters.cold;
   if (cold == 0) return;
   SelectShared& shared = shared_memory<SelectShared>();
@@ -695,11 +688,11 @@ cudaError_t swap(const Launch& launch, const std::vector<SwapLayer>& layers, Swa
     part.segments = workspace.segments() + first;
     part.histograms = workspace.histograms() + first * kProblems * kBins;
     const int64_t segments = part.joint ? 1 : part.count;
-    const cudaError_t error = start(select_kernel, launch, launch.blocks ? launch.blocks : segments,
+    const cudaError_t error = start(select_kernel, launch.stream, launch.blocks ? launch.blocks : segments,
                                     launch.threads_or(kSelectThreads), sizeof(PickShared), part);
     if (error != cudaSuccess || part.tiles == 0) return error;
-    return start(scan_kernel, launch, launch.blocks_for(part.tiles, 2), launch.threads_or(kScanThreads),
-                 sizeof(SelectShared), part);
+    return start(scan_kernel, launch.stream, launch.blocks_for(part.tiles, 2),
+                 launch.threads_or(kScanThreads), sizeof(SelectShared), part);
   });
 }
 

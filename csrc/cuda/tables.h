@@ -34,7 +34,6 @@ struct UpdateLayer {
 
 struct UpdateTable {
   UpdateLayer layers[kMaxLayers];
-  uint32_t first_tiles[kMaxLayers];  // those of the layers once more
   uint32_t count, tiles;
   bool joint, last;        // of the tables of a step
   const float* hyper;      // [count, 5]: lr, momentum, weight_decay, nesterov, inv_scale
@@ -65,7 +64,6 @@ struct SwapLayer {
 
 struct SwapTable {
   SwapLayer layers[kMaxLayers];
-  uint32_t first_tiles[kMaxLayers];
   uint32_t count, tiles;
   bool joint, last;
   Pairs pairs;
@@ -98,7 +96,6 @@ struct ThresholdLayer {
 
 struct ThresholdTable {
   ThresholdLayer layers[kMaxLayers];
-  uint32_t first_tiles[kMaxLayers];
   uint32_t count, tiles;
   bool joint, last;
   const int64_t* num_kept;  // [segments]
@@ -117,7 +114,7 @@ void place_layers(Table& table, uint32_t tile, uint64_t& first_rank) {
   for (uint32_t i = 0; i < table.count; ++i) {
     Place& place = table.layers[i].place;
     place.position = table.joint ? static_cast<uint32_t>(numel) : 0;
-    place.first_tile = table.first_tiles[i] = table.tiles;
+    place.first_tile = table.tiles;
     place.lists = static_cast<uint32_t>(first_rank);
     if (!table.joint) first_rank += 2 * candidate_capacity(place.numel);
     table.tiles += static_cast<uint32_t>((uint64_t{place.numel} + tile - 1) / tile);

@@ -35,13 +35,10 @@ class Device {
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream) == AOTI_TORCH_SUCCESS,
                     "torch has no stream on cuda:", index_);
-    int multiprocessors = 0, capability = 0, driver = 0;
+    int multiprocessors = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index_));
-    check(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, index_));
-    check(cudaDriverGetVersion(&driver));
     launch_.stream = static_cast<cudaStream_t>(stream);
     launch_.multiprocessors = static_cast<uint32_t>(multiprocessors);
-    launch_.overlaps = capability >= 9 && driver >= 12030;  // graphs capture it from CUDA 12.3 on
   }
 
   const Launch& launch() const { return launch_; }

@@ -35,7 +35,9 @@ class Rounds {
     narrow(problem, shared_.bin, true);
     if (!problem.decided) return;
     const uint32_t position = position_of(problem.cut());
-    const auto& layer = table_.layers[table_.joint ? layer_of_position(table_, position) : number];
+    const auto& layer =
+        table_.layers[table_.joint ? layer_from<&Place::position>(table_.layers, table_.count, position)
+                                   : number];
     table_.value[number] = layer.scores[position - layer.place.position];
     table_.index[number] = position;
     shared_.plan.stage = Stage::kFinished;
@@ -52,7 +54,6 @@ class Rounds {
 
 __global__ void __launch_bounds__(kThreads, 2)
     threshold_kernel(const __grid_constant__ ThresholdTable table) {
-  wait_for_kernel_ahead();
   SelectShared& shared = shared_memory<SelectShared>();
   const uint32_t segments = table.joint ? 1 : table.count;
   if (threadIdx.x == 0) {
@@ -78,8 +79,8 @@ cudaError_t threshold(const Launch& launch, const std::vector<ThresholdLayer>& l
     part.index = whole.index + first;
     part.segments = workspace.segments() + first;
     part.histograms = workspace.histograms() + first * kProblems * kBins;
-    return start(threshold_kernel, launch, launch.blocks_for(part.tiles, 2), launch.threads_or(kThreads),
-                 sizeof(SelectShared), part);
+    return start(threshold_kernel, launch.stream, launch.blocks_for(part.tiles, 2),
+                 launch.threads_or(kThreads), sizeof(SelectShared), part);
   });
 }
 

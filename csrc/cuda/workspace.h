@@ -23,9 +23,9 @@ struct Participant {
 
 // All are 0 between two launches.
 struct Counters {
-  uint64_t checked;       // blocks that saw a gradient that is not finite and, in the lower half, all blocks
-  uint32_t ticket, left;  // of the rounds
-  uint64_t cold;          // segments and, in the lower half, tiles of them
+  uint32_t not_finite, blocks_done;  // of the look at the gradients
+  uint32_t ticket, left;             // of the rounds
+  uint64_t cold;                     // segments and, in the lower half, tiles of them
 };
 
 struct Header {
@@ -74,7 +74,7 @@ struct Tally {
 };
 
 struct Segment {
-  int64_t emitted_at;  // the step whose candidates the lists hold if the window is armed, 0: none
+  int64_t emitted_at;  // the step whose candidates the lists hold, 0: none
   Window window;
   float threshold, predicted, half_width;
   uint32_t armed;  // the window rests on an earlier step's threshold

@@ -36,19 +36,10 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 namespace cuda_host {
@@ -98,8 +89,6 @@ inline unsigned __reduce_max_sync(unsigned lanes, unsigned value) {
   const uint64_t* const all = cuda_host::meet_in_warp(cuda_host::Meeting::kMost, lanes, value);
   return static_cast<unsigned>(*std::max_element(all, all + 32));
 }
-inline void cudaGridDependencySynchronize() {}  // launches run one after the other
-inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void __nanosleep(unsigned) { cuda_host::yield(); }
 inline void __threadfence() {}
 

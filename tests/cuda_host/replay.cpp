@@ -202,7 +202,8 @@ void search() {
     require(swap(launch, swaps, table, all) == cudaSuccess, "swap failed");
 
     const Counters& left = all.header()->counters;
-    require(!left.ticket && !left.left && !left.cold && !left.checked, "a counter was not reset");
+    require(!left.ticket && !left.left && !left.cold && !left.blocks_done && !left.not_finite,
+            "a counter was not reset");
     control.write();
     stats.write();
     for (Layer& layer : layers) {
