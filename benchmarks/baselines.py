@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +14,22 @@ from jackpot_kernels import reference
 
 def exact_step(state: State, gradients: Sequence[Tensor]) -> Tensor:
     """Take one step as the reference defines it, bit for bit, and return the swaps' statistics."""
-    reference.score_update_(state.scores, state.momenta, gradients, state.hyper, state.control)
-    return _reference_swap(state)
+    return _reference_step(state, gradients)
 
 
-def _reference_swap(state: State) -> Tensor:
-    return reference.swap_(
+def _reference_step(state: State, gradients: Sequence[Tensor], **how: Any) -> Tensor:
+    return reference.search_step_(
         state.scores,
+        state.momenta,
         state.masks,
+        gradients,
+        state.hyper,
         state.num_kept,
         state.schedule,
         state.control,
         weights=state.weights,
         effective=state.effective,
+        **how,
     )
 
 
@@ -35,13 +39,7 @@ def eager_step(state: State, gradients: Sequence[Tensor]) -> Call:
     def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         return torch.addcmul(c, a, b)
 
-    def step() -> None:
-        reference.score_update_(
-            state.scores, state.momenta, gradients, state.hyper, state.control, multiply_add=multiply_add
-        )
-        _reference_swap(state)
-
-    return step
+    return lambda: _reference_step(state, gradients, multiply_add=multiply_add)
 
 
 def compiled_step(state: State, gradients: Sequence[Tensor]) -> Call:
@@ -50,13 +48,21 @@ def compiled_step(state: State, gradients: Sequence[Tensor]) -> Call:
     Shapes are dynamic, for with static ones each layer size is compiled anew until Dynamo gives up.
     """
     score_update_ = torch.compile(reference.score_update_, dynamic=True)
-    swap_ = torch.compile(_reference_swap, dynamic=True)
+    swap_ = torch.compile(reference.swap_, dynamic=True)
 
     def step() -> None:
         score_update_(
             state.scores, state.momenta, gradients, state.hyper, state.control, multiply_add=_multiply_add
         )
-        swap_(state)
+        swap_(
+            state.scores,
+            state.masks,
+            state.num_kept,
+            state.schedule,
+            state.control,
+            weights=state.weights,
+            effective=state.effective,
+        )
 
     return step
 

@@ -79,6 +79,7 @@ def _backends() -> dict[str, str]:
     return {
         "dense": without if cuda and not _extension.build_facts()["cuda_archs"] else here,
         "fused": _guarded(_fused),
+        "mixed": _guarded(_fused),
         "reference": here,
     }
 

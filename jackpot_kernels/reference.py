@@ -219,6 +219,29 @@ def swap_(
     return stats
 
 
+def search_step_(
+    scores: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hyper: Tensor,
+    num_kept: Tensor,
+    schedule: Tensor,
+    control: Tensor,
+    *,
+    found_inf: Tensor | None = None,
+    multiply_add: Callable[[Tensor, Tensor, Tensor], Tensor] = fma,
+    **how: Any,
+) -> Tensor:
+    """A whole step of the search (Algorithm 1): ``score_update_``, then ``swap_``, whose result it returns.
+
+    Args:
+        how: keyword arguments of ``swap_``.
+    """
+    score_update_(scores, momenta, grads, hyper, control, found_inf=found_inf, multiply_add=multiply_add)
+    return swap_(scores, masks, num_kept, schedule, control, **how)
+
+
 class StraightThrough(torch.autograd.Function):
     """``weight * mask`` whose gradient reaches every score: dL/d(scores) = dL/d(weight * mask) * weight
     (Eq. 6, 18)."""

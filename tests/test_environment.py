@@ -19,7 +19,7 @@ def test_facts_are_those_of_this_process():
     assert facts["extension"]["digest"] == _extension.source_digest(_extension.CHECKOUT / "csrc")
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cuda"]["available"] == torch.cuda.is_available()
-    assert set(facts["backends"]) == {"dense", "fused", "reference"}
+    assert set(facts["backends"]) == {"dense", "fused", "mixed", "reference"}
     assert set(facts["tuning"]) == {"path", "entries", "devices"}
     assert json.loads(json.dumps(facts)) == facts
 
@@ -64,7 +64,8 @@ def test_fused_says_where_it_runs_or_why_not(monkeypatch):
     assert environment()["backends"]["fused"].startswith("does not run: it needs CUDA tensors")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert environment()["backends"]["fused"] == "runs on cuda"
+    backends = environment()["backends"]
+    assert backends["fused"] == backends["mixed"] == "runs on cuda"
     monkeypatch.setattr(availability, "find_spec", lambda name: None)
     assert environment()["backends"]["fused"].startswith("does not run: triton is not installed")
 

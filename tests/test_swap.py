@@ -119,10 +119,10 @@ class Search:
         return swap_(self.scores, self.words, *settings, **patched, **how)
 
     def reference_step(self, grads: list[Tensor]) -> Tensor:
-        reference.score_update_(self.scores, self.momenta, grads, self.hyper, self.control)
-        settings = (self.num_kept, self.schedule, self.control)
+        state = (self.scores, self.momenta, self.words)
+        settings = (self.hyper, self.num_kept, self.schedule, self.control)
         patched = {"weights": self.weights, "effective": self.effective}
-        return reference.swap_(self.scores, self.words, *settings, **patched, joint=self.joint)
+        return reference.search_step_(*state, grads, *settings, **patched, joint=self.joint)
 
 
 @pytest.mark.parametrize("joint", [False, True])

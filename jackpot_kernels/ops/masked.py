@@ -39,10 +39,6 @@ def weight_gradients(
     return dweight, score_grad(grad, weight) if needs_scores else None
 
 
-# Whether the CUDA kernels were built and loaded.
-_ON_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("jackpot::score_grad", "CUDA")
-
-
 def score_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the scores' gradient ``grad * weight`` (Eq. 6, 18), in float32 and contiguous.
 
@@ -53,7 +49,7 @@ def score_grad(grad: Tensor, weight: Tensor) -> Tensor:
     if torch.float64 in (grad.dtype, weight.dtype):
         grad, weight = grad.float(), weight.float()
     # Torch's own kernels take two or three times as long: they convert bfloat16 an element at a time.
-    if grad.is_cuda and _ON_CUDA and not torch.compiler.is_compiling():
+    if grad.is_cuda and not torch.compiler.is_compiling():
         result: Tensor = torch.ops.jackpot.score_grad(grad, weight)
         return result
     if grad.dtype == torch.float32 and grad.is_contiguous():
