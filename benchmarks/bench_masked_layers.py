@@ -17,12 +17,15 @@ What a run has finished is kept: the next one with the same commit and versions 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -334,6 +337,32 @@ def todo(families: dict[str, list[Layer]]) -> list[tuple[str, Layer]]:
     return [(family, shape) for _, _, family, shape in sorted(places, key=lambda place: place[:2])]
 
 
+def compile_all(families: dict[str, list[Layer]], device: str, processes: int) -> None:
+    """Compile what Triton is going to run, in several processes: one took a second for each shape."""
+    context = multiprocessing.get_context("spawn")
+    shapes = todo(families)
+    shares = [(shapes[i::processes], device) for i in range(processes)]
+    workers = [context.Process(target=compile_some, args=share) for share in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def compile_some(shapes: Sequence[tuple[str, Layer]], device: str) -> None:
+    """Run our layers once; what a device that others use chooses is thrown away.
+
+    Whatever fails here fails again, and is named, when it is measured.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["JACKPOT_CACHE"] = folder
+        for _, shape in shapes:
+            with suppress(Exception):
+                problem = Problem(shape, device)
+                for executor in ("mixed", "fused"):
+                    calls(problem, make_contender(problem, executor))["both"]()
+
+
 def load(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
     """Return the record to go on with: the stored one if it has the same stamp, else an empty one."""
     if path.exists():
@@ -407,6 +436,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--executors", nargs="+", choices=EXECUTORS, default=EXECUTORS, help="compiling takes the longest"
     )
+    parser.add_argument(
+        "--compile-jobs", type=int, default=0, help="processes that compile Triton's kernels beforehand"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, here and now: measures nothing")
     parser.add_argument(
         "--rules", action="store_true", help="print the rules that the stored results support"
@@ -429,6 +461,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record["commands"].append(
         " ".join(["python -m benchmarks.bench_masked_layers", *(arguments or sys.argv[1:])])
     )
+    if options.compile_jobs > 0:
+        compile_all(TINY_FAMILIES if options.smoke else FAMILIES, device, options.compile_jobs)
     failed = run(record, path, options, device)
     print(write_report(record, path.parent))
     for what in failed:

@@ -1,6 +1,7 @@
 """The benchmark of the masked layers: right before it is timed, and with a report that hides nothing."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ no_device = pytest.mark.skipif(
 def test_rehearsal_measures_every_shape_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROUNDS", 2)
     arguments = ["--smoke", "--output", str(tmp_path), "--commit", "abc", "--executors", *EXECUTORS]
-    assert bench.main([*arguments, "--minutes", "0"]) == 0
+    assert bench.main([*arguments, "--minutes", "0", "--compile-jobs", "2"]) == 0
     file = tmp_path / "cpu" / "masked_layers.json"
     assert json.loads(file.read_text())["rows"] == []
     assert "run it again to go on" in capsys.readouterr().out
@@ -52,6 +53,25 @@ def test_rehearsal_measures_every_shape_once(tmp_path, monkeypatch, capsys):
     assert bench.main(arguments) == 0
     assert json.loads(file.read_text())["rows"] == rows
     assert bench.main(["--rules", "--output", str(tmp_path)]) == 0
+
+
+@no_device
+def test_compiling_beforehand_leaves_no_choice_and_stops_at_no_failure(monkeypatch):
+    monkeypatch.setenv("JACKPOT_CACHE", "as it was")
+    made, make = [], bench.make_contender
+
+    def contender(problem, executor):
+        made.append((problem.shape, executor))
+        if len(made) == 1:
+            raise RuntimeError("does not compile")
+        return make(problem, executor)
+
+    monkeypatch.setattr(bench, "make_contender", contender)
+    shapes = bench.todo(TINY_FAMILIES)
+    bench.compile_some(shapes, "cpu")
+    assert made[0] == (shapes[0][1], "mixed")  # and nothing more of that one
+    assert made[1:] == [(shape, executor) for _, shape in shapes[1:] for executor in ("mixed", "fused")]
+    assert not os.path.exists(os.environ["JACKPOT_CACHE"])
 
 
 @no_device
