@@ -31,7 +31,7 @@ gpu:
 	$(PYTHON) -m pytest -q -m gpu
 	$(PYTHON) -m benchmarks.bench_cuda_search_step
 	$(PYTHON) -m benchmarks.bench_cuda_training_step
-	$(PYTHON) -m benchmarks.bench_masked_layers
+	$(PYTHON) -m benchmarks.bench_masked_layers --compile-jobs "$$(nproc)"
 
 lint: $(VENV)/built
 	$(BIN)/ruff format --check .
