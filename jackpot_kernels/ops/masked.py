@@ -48,7 +48,8 @@ def score_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """
     if torch.float64 in (grad.dtype, weight.dtype):
         grad, weight = grad.float(), weight.float()
-    # Torch's own kernels take two or three times as long: they convert bfloat16 an element at a time.
+    # Torch's own kernels convert bfloat16 an element at a time: for 4096 x 4096 weights, whose bytes take an
+    # H100 46 us, they took 100.
     if grad.is_cuda and not torch.compiler.is_compiling():
         result: Tensor = torch.ops.jackpot.score_grad(grad, weight)
         return result
