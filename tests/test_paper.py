@@ -364,7 +364,7 @@ def test_reduced_scale_covers_what_it_must():
         rows = [row for row in EXPERIMENTS[name].rows if row.cells]
         return [row for row in rows if any(cell and cell.runs(REDUCED, 3) for cell in row.cells)]
 
-    for name, rows in {"table1": 8, "table7": 1, "table8": 1, "table9": 1, "fig5": 4, "fig9": 2}.items():
+    for name, rows in {"table1": 8, "table7": 2, "table8": 2, "table9": 2, "fig5": 4, "fig9": 2}.items():
         assert len(own_rows(name)) == rows, name
         for row in own_rows(name):
             if row.label != "dense":
@@ -380,7 +380,7 @@ def test_reduced_scale_covers_what_it_must():
         "resnet20-cifar10",
         "vgg19-narrow-cifar10",
     }
-    assert sum(map(execute.num_images, made)) < 6_000_000
+    assert sum(map(execute.num_images, made)) < 6_500_000
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def _ablation(table: str, columns: Mapping[str, Mapping[str, Any]], quoted: Mapp
     cells = {n: [Cell(_search(n, 0.9, **options)) for options in columns.values()] for n in (RESNET, VGG)}
     rows = (
         Row(row.group, row.method, row.cost, values, tuple(cells[RESNET])),
-        Row(NAMES[VGG], row.method, row.cost, cells=_larger_only(cells[VGG])),
+        Row(NAMES[VGG], row.method, row.cost, cells=tuple(cells[VGG])),
     )
     return Experiment(TABLES[table].title, tuple(columns), rows)
 
@@ -362,8 +362,7 @@ def _restriction() -> tuple[Row, ...]:
                 theirs: tuple[Cell | None, ...] = (Cell(authors), Cell(restricted, minus=authors))
                 if (network, sparsity, epochs) != (RESNET, _POINT, EPOCHS):
                     theirs = _larger_only(theirs)
-                kept = cells if network == RESNET else _larger_only(cells)
-                rows.append(Row(NAMES[network], _percent(sparsity), f"{epochs} (S)", cells=kept + theirs))
+                rows.append(Row(NAMES[network], _percent(sparsity), f"{epochs} (S)", cells=cells + theirs))
     return tuple(rows)
 
 

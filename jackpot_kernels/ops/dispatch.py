@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
     "NVIDIA H100*": {
         # Forward and backward of 4096 x 4096 weights, 64 tokens: mixed 72 us, fused 86, eager 120, dense 157.
-        # Of the latter the product that the scores' gradient ends with was 100, whose bytes take 46, and which
+        # Of these the product that the scores' gradient ends with was 100, whose bytes take 46, and which
         # is a kernel of its own since: with that, 4096 tokens would gain nothing. Fewer weights were not
         # measured.
         "masked_linear": (
