@@ -338,7 +338,7 @@ def todo(families: dict[str, list[Layer]]) -> list[tuple[str, Layer]]:
 
 
 def compile_all(families: dict[str, list[Layer]], device: str, processes: int) -> None:
-    """Compile what Triton is going to run, in several processes: one took a second for each shape."""
+    """Compile what Triton is going to run, in several processes."""
     context = multiprocessing.get_context("spawn")
     shapes = todo(families)
     shares = [(shapes[i::processes], device) for i in range(processes)]

@@ -7,7 +7,7 @@ import torch
 import jackpot_kernels as jk
 from jackpot_kernels.kernels import availability
 from jackpot_kernels.ops import dispatch
-from jackpot_kernels.ops.dispatch import Problem, Rule, choose_backend
+from jackpot_kernels.ops.dispatch import Problem, Rule, choose_backend, decide, rules_for
 
 AVAILABLE = ("dense", "fused")
 
@@ -74,6 +74,21 @@ def test_first_rule_that_holds_decides(rules):
     assert choose(shape=(9,), weight=(101, 9)) == "fused"
     assert choose(op="masked_conv", shape=(1, 9, 2, 2), weight=(5, 9, 1, 1)) == "dense"
     assert choose("dense") == "dense"
+
+
+def test_score_gradients_of_large_linears_and_few_tokens_are_fused_on_an_h100():
+    (of_linear,) = [
+        rules for op, rules in rules_for("NVIDIA H100 80GB HBM3").items() if op == "masked_linear"
+    ]
+
+    def decided(tokens, rows, dtype):
+        return decide(of_linear, Problem(tokens, rows, 768, (), 1, dtype))
+
+    assert decided(1024, 768, torch.bfloat16) == decided(1, 768, torch.float16) == "mixed"
+    assert decided(1025, 768, torch.bfloat16) == "dense"
+    assert decided(64, 10, torch.bfloat16) == "dense"
+    assert decided(64, 768, torch.float32) == "dense"
+    assert rules_for("NVIDIA H200") == {}
 
 
 def test_problem_of_a_convolution(rules):
