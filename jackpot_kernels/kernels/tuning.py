@@ -18,8 +18,8 @@ import torch
 
 # Launches that are timed for each configuration, after one that compiles it.
 _REPEATS = 7
-# Writes of twice the L2 before each, to keep the device busy: with 4 of them a split product, which is two launches from
-# Python, was timed by the host, and one launch that took a third longer was chosen.
+# Writes of twice the L2 before each, to keep the device busy: with 4 of them a split product, which is two
+# launches from Python, was timed by the host, and one launch that took a third longer was chosen.
 _FLUSHES = 16
 
 
