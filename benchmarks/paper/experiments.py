@@ -278,12 +278,8 @@ def _curves(variants: Mapping[str, Mapping[str, Any]], networks: Iterable[str]) 
     """Rows of searches at 90 %, whose course by epoch is drawn."""
     rows = []
     for label, options in variants.items():
-        cells = [Cell(_search(network, 0.9, **options)) for network in networks]
-        wanted = label != "η = 0.5"
-        kept = [
-            c if wanted and c.spec.network == RESNET else replace(c, scales=_BEYOND_REDUCED) for c in cells
-        ]
-        rows.append(Row("", label, f"{EPOCHS} (S)", (), tuple(kept)))
+        cells = tuple(Cell(_search(network, 0.9, **options)) for network in networks)
+        rows.append(Row("", label, f"{EPOCHS} (S)", (), cells))
     return tuple(rows)
 
 
