@@ -137,15 +137,21 @@ def test_many_layers_and_misaligned_ones(shapes: list[Shape], how: dict[str, obj
         assert torch.equal(ours.optimizer._stats[:, :4].cpu(), wanted.optimizer._stats[:, :4]), t
 
 
+def bare_search(joint: bool, steps: int) -> test_swap.Search:
+    """The search that the tests of the operators take, on the device."""
+    search = test_swap.Search(joint, steps)
+    for name, value in dict(vars(search)).items():
+        if isinstance(value, list):
+            setattr(search, name, [tensor.cuda() for tensor in value])
+        elif isinstance(value, Tensor):
+            setattr(search, name, value.cuda())
+    search.workspace = new_workspace(search.scores, joint)
+    return search
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_step_as_one_operator(joint: bool) -> None:
-    ours, wanted = (test_swap.Search(joint, 30) for _ in range(2))
-    for name, value in dict(vars(ours)).items():
-        if isinstance(value, list):
-            setattr(ours, name, [tensor.cuda() for tensor in value])
-        elif isinstance(value, Tensor):
-            setattr(ours, name, value.cuda())
-    ours.workspace = new_workspace(ours.scores, joint)
+    ours, wanted = bare_search(joint, 30), test_swap.Search(joint, 30)
     step, wanted_step = begin(ours), begin(wanted)
     for t in range(30):
         grads = [0.01 * torch.randn(s.shape) for s in wanted.scores]
@@ -161,6 +167,18 @@ def test_the_step_as_one_operator(joint: bool) -> None:
             same = map(torch.equal, [tensor.cpu() for tensor in getattr(ours, name)], getattr(wanted, name))
             assert all(same), (t, name)
     assert ours.control.tolist() == wanted.control.tolist() == [28, 2, 0]
+
+
+def test_memory_that_no_longer_fits_changes_nothing() -> None:
+    """What only the swap needs is looked at before the update is launched."""
+    search, before = bare_search(False, 5), bare_search(False, 5)
+    step = begin(search)
+    search.num_kept.resize_(1, 2)
+    with pytest.raises(RuntimeError, match="num_kept must be"):
+        step([torch.ones_like(score) for score in search.scores])
+    for name in ("scores", "momenta", "words", "effective"):
+        assert all(map(torch.equal, getattr(search, name), getattr(before, name))), name
+    assert search.control.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("joint", [False, True])

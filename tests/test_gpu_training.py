@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from jackpot_kernels.data import digits
+from jackpot_kernels.data import Batches, digits
 from jackpot_kernels.models import digits_net
+from jackpot_kernels.search.evaluation import evaluate
 from jackpot_kernels.search.settings import TrainingSettings
 from jackpot_kernels.search.training import Training
 
@@ -26,3 +27,13 @@ def test_replays_have_the_bits_of_steps_without_a_graph():
     assert losses == wanted and losses[-1] < losses[0] / 2
     for name, tensor in plain.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_a_test_in_larger_batches_counts_every_image_once():
+    train, test = digits()
+    training = Training(digits_net(), train, test, TrainingSettings(batch_size=32), "cuda")
+    assert training.test.batch_size == 128 and len(test) % 128 % 32 != 0
+    got = evaluate(training.model, training.test)
+    wanted = evaluate(training.model, Batches(test, 32, training.device))
+    assert got.accuracy == wanted.accuracy
+    assert got.loss == pytest.approx(wanted.loss, rel=1e-5)

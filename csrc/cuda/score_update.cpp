@@ -29,27 +29,34 @@ std::vector<UpdateLayer> make_layers(const Device& device, const Tensors& scores
 
 }  // namespace
 
+ScoreUpdate::ScoreUpdate(const Device& device, const std::vector<int64_t>& sizes, const Tensors& scores,
+                         const Tensors& momenta, const Tensors& grads, const Tensors& masks,
+                         const Tensor& hyper, const Tensor& control, const std::optional<Tensor>& found_inf,
+                         const std::optional<Tensor>& workspace, bool joint)
+    : launch_(device.launch()),
+      layers_(make_layers(device, scores, momenta, grads, masks)),
+      memory_(workspace ? *workspace : new_workspace(control, {})),
+      workspace_(workspace_in(device, memory_, workspace ? sizes : std::vector<int64_t>())) {
+  STD_TORCH_CHECK(hyper.numel() == static_cast<int64_t>(5 * layers_.size()), "hyper must be [layers, 5]");
+  table_.joint = joint;
+  table_.hyper = device.require<float>(hyper, ScalarType::Float, "hyper");
+  table_.control = device.control_of(control);
+  if (found_inf) {
+    STD_TORCH_CHECK(found_inf->numel() == 1, "found_inf must have one element, got ", found_inf->numel());
+    table_.found_inf = device.require<float>(*found_inf, ScalarType::Float, "found_inf");
+  }
+}
+
+namespace {
+
 void score_update_(const Tensors& scores, const Tensors& momenta, const Tensors& grads, const Tensors& masks,
                    const Tensor& hyper, const Tensor& control, const std::optional<Tensor>& found_inf,
                    const std::optional<Tensor>& workspace, bool joint) {
   const std::vector<int64_t> sizes = segment_sizes(scores, joint);
   const Device device(scores[0]);
-  const std::vector<UpdateLayer> layers = make_layers(device, scores, momenta, grads, masks);
-  STD_TORCH_CHECK(hyper.numel() == static_cast<int64_t>(5 * layers.size()), "hyper must be [layers, 5]");
-  UpdateTable table = {};
-  table.joint = joint;
-  table.hyper = device.require<float>(hyper, ScalarType::Float, "hyper");
-  table.control = device.control_of(control);
-  if (found_inf) {
-    STD_TORCH_CHECK(found_inf->numel() == 1, "found_inf must have one element, got ", found_inf->numel());
-    table.found_inf = device.require<float>(*found_inf, ScalarType::Float, "found_inf");
-  }
-  const std::vector<int64_t> segments = workspace ? sizes : std::vector<int64_t>();
-  const Tensor memory = workspace ? *workspace : new_workspace(control, segments);
-  check(score_update(device.launch(), layers, table, workspace_in(device, memory, segments)));
+  ScoreUpdate(device, sizes, scores, momenta, grads, masks, hyper, control, found_inf, workspace, joint)
+      .launch();
 }
-
-namespace {
 
 int64_t workspace_size(const Tensors& scores, bool joint) {
   const int64_t size = Workspace(nullptr, segment_sizes(scores, joint)).size();

@@ -7,10 +7,15 @@
 namespace jackpot {
 
 void search_step(const Search& search, const Tensors& grads, const std::optional<Tensor>& found_inf) {
-  score_update_(search.scores, search.momenta, grads, search.masks, search.hyper, search.control, found_inf,
-                search.workspace, search.joint);
-  swap_into(search.stats, search.scores, search.masks, search.weights, search.effective, search.num_kept,
-            search.schedule, search.control, search.joint, search.pairs, search.seed, search.workspace);
+  const std::vector<int64_t> sizes = segment_sizes(search.scores, search.joint);
+  const Device device(search.scores[0]);
+  const ScoreUpdate update(device, sizes, search.scores, search.momenta, grads, search.masks, search.hyper,
+                           search.control, found_inf, search.workspace, search.joint);
+  const Swap swap(device, sizes, search.stats, search.scores, search.masks, search.weights, search.effective,
+                  search.num_kept, search.schedule, search.control, search.joint, search.pairs, search.seed,
+                  search.workspace);
+  update.launch();
+  swap.launch();
 }
 
 }  // namespace jackpot

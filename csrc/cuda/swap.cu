@@ -358,97 +358,136 @@ struct Emitted {
   Counts counts;
 
   // All conditions are looked at together, for each would wait for memory of its own.
-  __device__ bool suffices(const SwapTable& table, int64_t now, uint32_t capacity) const {
+  __device__ bool suffices(const SwapTable& table, int64_t now, uint32_t numel) const {
+    const uint32_t capacity = candidate_capacity(numel);
     return static_cast<uint32_t>(step == now) & (table.pairs == Pairs::kBest) &
            (counts.kept_out <= capacity) & (counts.pruned_out <= capacity) &
            (counts.kept_out + counts.pruned_out <= kMostForOneBlock) & (window.low <= window.high);
   }
 };
 
-// Takes the segment's swaps from its candidates; false if they do not suffice. One look at the lists sorts
-// them into bins by their keys, of which the rest needs only those that hold a value sought.
+// The swaps of a segment, taken from its candidates. One look at the lists sorts them into bins by their
+// keys, of which the rest needs only those that hold a value sought.
 //
 // The lists hold every score in the window, every kept one up to `lowest_until` and every pruned one from
 // `highest_from`, so whatever is chosen inside these bounds is what a scan of all scores would choose.
-__device__ bool swap_candidates(const SwapTable& table, uint32_t number, const Request& request,
-                                const Emitted& emitted, PickShared& shared) {
-  const Window& window = emitted.window;
-  const Counts& counts = emitted.counts;
-  const uint32_t capacity = candidate_capacity(numel_of(table, number));
-  if (!emitted.suffices(table, request.step, capacity)) return false;
-  const uint64_t* const ranks = table.ranks + table.layers[number].place.lists;
-  const Lists lists = {ranks, capacity, counts.pruned_out, counts.pruned_out + counts.kept_out};
-  const float highest_from =
-      window.pruned_low <= window.high ? fminf(window.pruned_low, window.low) : window.pruned_low;
-  const float lowest_until =
-      window.kept_high >= window.low ? fmaxf(window.kept_high, window.high) : window.kept_high;
-  const ListBins entering = {rank_key(highest_from)}, leaving = {~rank_key(lowest_until)};
-  const WindowBins inside(rank_key(window.low), rank_key(window.high));
+class CandidateSwap {
+ public:
+  __device__ CandidateSwap(const SwapTable& table, uint32_t number, const Emitted& emitted,
+                           PickShared& shared)
+      : table_(table),
+        number_(number),
+        counts_(emitted.counts),
+        lists_(lists_of(table, number, emitted.counts)),
+        inside_(rank_key(emitted.window.low), rank_key(emitted.window.high)),
+        entering_{rank_key(highest_from(emitted.window))},
+        leaving_{~rank_key(lowest_until(emitted.window))},
+        shared_(shared) {}
 
-  uint32_t *const in_window = shared.histograms[0], *const in_lists = shared.histograms[1];
-  __syncthreads();
-  clear(in_window);
-  clear(in_lists);  // of the leaving in the upper halves
-  reset_choices(shared);
-  if (threadIdx.x == 0) shared.crossing = 0;
-  __syncthreads();
-  lists.each([&](uint64_t value, bool leaves) {
-    const uint32_t key = key_of(value), score = leaves ? ~key : key;
-    const ListBins bins = leaves ? leaving : entering;
-    if (inside.has(score)) atomicAdd(&in_window[inside.of(score)], 1u);
-    if (bins.has(key)) atomicAdd(&in_lists[bins.of(key)], leaves ? 1u << 16 : 1u);
-  });
-  __syncthreads();
+  // False if the candidates do not suffice; then nothing has changed. All threads get the same answer.
+  __device__ bool run(const Request& request) {
+    sort_into_bins();
+    plan_.kept = counts_.kept;
+    plan_.target = request.target(plan_.kept);
+    if (plan_.target <= counts_.above) return false;
+    share_of(shared_.histograms[0], shared_.sums)
+        .choose(plan_.target - counts_.above, inside_, shared_.choices[0]);
+    Share share = share_of(shared_.histograms[1], shared_.sums);
+    if (shared_.choices[0].count == 0) return false;
+    pick(lists_, true, shared_);
+    const uint64_t threshold = shared_.cuts[0];
+    const float score = threadIdx.x == 0 ? score_at(table_, number_, threshold) : 0;  // on its way from here
 
-  Plan plan = {};
-  plan.kept = counts.kept;
-  plan.target = request.target(plan.kept);
-  if (plan.target <= counts.above) return false;
-  share_of(in_window, shared.sums).choose(plan.target - counts.above, inside, shared.choices[0]);
-  Share share = share_of(in_lists, shared.sums);
-  if (shared.choices[0].count == 0) return false;
-  pick(lists, true, shared);
-  const uint64_t threshold = shared.cuts[0];
-  const float score = threadIdx.x == 0 ? score_at(table, number, threshold) : 0;  // on its way from here
+    count_crossing(threshold);
+    reset_choices(shared_);
+    __syncthreads();
+    plan_.proposed = counts_.pruned_above + shared_.crossing;
+    plan_.entered = request.granted(plan_.proposed);
+    plan_.left = plan_.entered + plan_.kept - plan_.target;
+    choose_swaps(share, Bounds(request, plan_, counts_.pruned_out, counts_.kept_out));
+    if (plan_.entered && shared_.choices[0].count == 0) return false;
+    if (plan_.left && shared_.choices[1].count == 0) return false;
+    pick(lists_, false, shared_);
+    apply(score);
+    return true;
+  }
 
-  uint32_t crossing = 0;
-  lists.each([&](uint64_t value, bool leaves) {
-    if (leaves || value < threshold) return;
-    crossing += inside.has(key_of(value));
-    prefetch_weight(table, number, value);
-  });
-  crossing = __reduce_add_sync(kAllLanes, crossing);
-  if (threadIdx.x % kWarp == 0 && crossing) atomicAdd(&shared.crossing, crossing);
-  reset_choices(shared);
-  __syncthreads();
-  plan.proposed = counts.pruned_above + shared.crossing;
-  plan.entered = request.granted(plan.proposed);
-  plan.left = plan.entered + plan.kept - plan.target;
-  const Bounds bounds(request, plan, counts.pruned_out, counts.kept_out);
+ private:
+  static __device__ Lists lists_of(const SwapTable& table, uint32_t number, const Counts& counts) {
+    const uint64_t* const ranks = table.ranks + table.layers[number].place.lists;
+    const uint32_t capacity = candidate_capacity(numel_of(table, number));
+    return {ranks, capacity, counts.pruned_out, counts.pruned_out + counts.kept_out};
+  }
+  static __device__ float highest_from(const Window& window) {
+    return window.pruned_low <= window.high ? fminf(window.pruned_low, window.low) : window.pruned_low;
+  }
+  static __device__ float lowest_until(const Window& window) {
+    return window.kept_high >= window.low ? fmaxf(window.kept_high, window.high) : window.kept_high;
+  }
+
+  // The window's bins are the first histogram; those of the lists the second, of the leaving in the upper
+  // halves.
+  __device__ void sort_into_bins() {
+    uint32_t *const in_window = shared_.histograms[0], *const in_lists = shared_.histograms[1];
+    __syncthreads();
+    clear(in_window);
+    clear(in_lists);
+    reset_choices(shared_);
+    if (threadIdx.x == 0) shared_.crossing = 0;
+    __syncthreads();
+    lists_.each([&](uint64_t value, bool leaves) {
+      const uint32_t key = key_of(value), score = leaves ? ~key : key;
+      const ListBins bins = leaves ? leaving_ : entering_;
+      if (inside_.has(score)) atomicAdd(&in_window[inside_.of(score)], 1u);
+      if (bins.has(key)) atomicAdd(&in_lists[bins.of(key)], leaves ? 1u << 16 : 1u);
+    });
+    __syncthreads();
+  }
+
+  // Of the pruned in the window, those from the threshold on.
+  __device__ void count_crossing(uint64_t threshold) {
+    uint32_t crossing = 0;
+    lists_.each([&](uint64_t value, bool leaves) {
+      if (leaves || value < threshold) return;
+      crossing += inside_.has(key_of(value));
+      prefetch_weight(table_, number_, value);
+    });
+    crossing = __reduce_add_sync(kAllLanes, crossing);
+    if (threadIdx.x % kWarp == 0 && crossing) atomicAdd(&shared_.crossing, crossing);
+  }
+
+  __device__ void choose_swaps(Share share, const Bounds& bounds) {
 #pragma unroll 1
-  for (uint32_t i = 0; i < 2; ++i) {
-    const ListBins bins = i ? leaving : entering;
-    share.shift = 16 * i;
-    share.choose(i ? plan.left : plan.entered, bins, shared.choices[i]);
-    share.find(i ? bounds.leaving : bounds.entering,
-               [&](uint32_t bin, uint32_t, uint32_t) { shared.bounds[i] = uint64_t{bins.first(bin)} << 32; });
+    for (uint32_t i = 0; i < 2; ++i) {
+      const ListBins bins = i ? leaving_ : entering_;
+      share.shift = 16 * i;
+      share.choose(i ? plan_.left : plan_.entered, bins, shared_.choices[i]);
+      share.find(i ? bounds.leaving : bounds.entering, [&](uint32_t bin, uint32_t, uint32_t) {
+        shared_.bounds[i] = uint64_t{bins.first(bin)} << 32;
+      });
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if ((plan.entered && shared.choices[0].count == 0) || (plan.left && shared.choices[1].count == 0)) {
-    return false;
-  }
-  pick(lists, false, shared);
 
-  lists.each([&](uint64_t value, bool leaves) {
-    if ((leaves ? plan.left : plan.entered) == 0 || value < shared.cuts[leaves]) return;
-    swap_bit(table, number, leaves ? ~value : value, !leaves);
-  });
-  if (threadIdx.x == 0) {
-    write_stats(table, number, plan, score, false);
-    arm(table.segments[number], score, shared.bounds[0], shared.bounds[1] ? ~shared.bounds[1] : 0);
+  __device__ void apply(float threshold) {
+    lists_.each([&](uint64_t value, bool leaves) {
+      if ((leaves ? plan_.left : plan_.entered) == 0 || value < shared_.cuts[leaves]) return;
+      swap_bit(table_, number_, leaves ? ~value : value, !leaves);
+    });
+    if (threadIdx.x != 0) return;
+    write_stats(table_, number_, plan_, threshold, false);
+    arm(table_.segments[number_], threshold, shared_.bounds[0], shared_.bounds[1] ? ~shared_.bounds[1] : 0);
   }
-  return true;
-}
+
+  const SwapTable& table_;
+  const uint32_t number_;
+  const Counts counts_;
+  const Lists lists_;
+  const WindowBins inside_;
+  const ListBins entering_, leaving_;
+  PickShared& shared_;
+  Plan plan_ = {};
+};
 
 __device__ void start_rounds(const SwapTable& table, uint32_t number) {
   Segment& segment = table.segments[number];
@@ -471,7 +510,8 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(const __grid_con
     const Emitted emitted = {segment.emitted_at, segment.window, segment.counts};
     const Request request = request_of(table, number);
     const bool nothing = !request.active || numel_of(table, number) == 0;
-    const bool done = nothing || swap_candidates(table, number, request, emitted, shared);
+    const bool done = nothing || (emitted.suffices(table, request.step, numel_of(table, number)) &&
+                                  CandidateSwap(table, number, emitted, shared).run(request));
     if (threadIdx.x != 0) continue;
     table.segments[number].round = kNoRound;
     if (nothing) write_stats(table, number, {}, 0.0f, false);

@@ -67,8 +67,9 @@ class SearchStep:
             grads, found_inf: as for ``score_update_``.
 
         Raises:
-            RuntimeError: a dtype, layout or length does not fit, or no step of the schedule is left; on the
-                CPU nothing has changed then.
+            RuntimeError: a dtype, layout or length does not fit, or, on the CPU, no step of the schedule is
+                left; nothing has changed then. On a GPU, which the host does not wait for, a step past the
+                schedule updates the scores and swaps nothing.
         """
         torch.ops.jackpot.search_step_(self._control, self._search, grads, found_inf)
         # Compiled operators leave this to their callers: autograd then notices a late backward pass.
