@@ -118,6 +118,7 @@ def test_lines_tell_how_they_came_about(smoke):
     assert len({line["key"] for line in lines}) == len(lines) == len(runs_of(EXPERIMENTS, SMOKE, 1))
     for line in lines:
         assert line["versions"]["torch"] == torch.__version__
+        assert line["loader"] == "TensorDataset"
         assert line["threads"] == 1 and line["device"].startswith("cpu") and line["seconds"] > 0
         assert line["commit"] and line["seed"] == line["configuration"]["seed"] == 0
         if line["configuration"]["kind"] in ("train", "search", "finetune"):

@@ -53,7 +53,9 @@ def test_fits(compiled, module, variant, architecture):
     assert fact["stack"] == fact["local"] == 0, "registers are spilled to memory"
     assert fact["registers"] > 0
     if variant.tensor_cores:
-        assert set(fact["tensor_cores"]) & TENSOR_CORES[architecture]
+        # Hopper's own instruction takes 64 rows; tiles of fewer are bound by the weights' bytes.
+        few_rows = variant.config.values.get("BLOCK_P", 64) < 64
+        assert set(fact["tensor_cores"]) & TENSOR_CORES[80 if few_rows else architecture]
 
 
 def test_every_problem_has_a_configuration_for_devices_with_less_shared_memory(compiled):

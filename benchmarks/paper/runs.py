@@ -66,6 +66,8 @@ class Workshop:
             "seed": run.seed,
             "seconds": time.perf_counter() - begun,
             **measured,
+            # ImageNet is read by whichever loader is installed, and each cuts its images in its own way.
+            "loader": type(load(run.data, run.images)[0]).__name__,
             **_circumstances(self.device),
         }
 

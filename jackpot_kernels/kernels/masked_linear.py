@@ -152,6 +152,7 @@ def weight_grads_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """``G = g.T @ x`` leaves as ``G * weight`` (Eq. 6, 18), as ``G * mask`` (Eq. 31), or as both."""
     i_p, i_q = grouped_tile(tl.program_id(0), tl.cdiv(P, BLOCK_P), tl.cdiv(Q, BLOCK_Q), GROUP)
@@ -162,6 +163,10 @@ def weight_grads_kernel(
     if not DESCRIPTORS:
         p_g = g_ptr + o_p[:, None] * stride_gp + o_n[None, :] * stride_gn
         p_x = x_ptr + o_n[:, None] * stride_xn + o_q[None, :] * stride_xq
+    m_w = m_p[:, None] & m_q[None, :]
+    p_w = w_ptr + o_p[:, None] * stride_wp + o_q[None, :] * stride_wq
+    if HAS_SCORES and EARLY:
+        b_w = tl.load(p_w, mask=m_w, other=0)
 
     b_grad = tl.zeros([BLOCK_P, BLOCK_Q], tl.float32)
     b_bias = tl.zeros([BLOCK_P], tl.float32)
@@ -180,10 +185,10 @@ def weight_grads_kernel(
             if i_q == 0:
                 b_bias += tl.sum(b_g.to(tl.float32), 1)
 
-    m_w = m_p[:, None] & m_q[None, :]
     o_w = o_p[:, None] * Q + o_q[None, :]
     if HAS_SCORES:
-        b_w = tl.load(w_ptr + o_p[:, None] * stride_wp + o_q[None, :] * stride_wq, mask=m_w, other=0)
+        if not EARLY:
+            b_w = tl.load(p_w, mask=m_w, other=0)
         b_scores = b_grad * b_w.to(tl.float32)
         if ACCUMULATE:
             b_scores += tl.load(dscores_ptr + o_w, mask=m_w, other=0)
@@ -216,17 +221,26 @@ def _matmul_config(
 
 
 def _grads_config(
-    p: int, q: int, n: int, num_warps: int, num_stages: int, *, descriptors: bool = False
+    p: int, q: int, n: int, num_warps: int, num_stages: int, *, descriptors: bool = False, early: bool = False
 ) -> Config:
     blocks = {"BLOCK_P": p, "BLOCK_Q": q, "BLOCK_N": n}
-    return Config(blocks | {"GROUP": 8, "DESCRIPTORS": int(descriptors)}, num_warps, num_stages)
+    how = {"GROUP": 8, "DESCRIPTORS": int(descriptors), "EARLY": int(early)}
+    return Config(blocks | how, num_warps, num_stages)
 
 
 # By what limits them: the weights' bytes where tokens are few, so their columns are split and every
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
-    "tokens <= 16": [_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)],
-    "tokens <= 64": [_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)],
+    "tokens <= 16": [
+        *(_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)),
+        # Fewer rows are a program for each multiprocessor of 4096 of them, and no second launch adds parts.
+        _matmul_config(32, 16, 256, 4, 4),
+        _matmul_config(32, 16, 128, 4, 5),
+    ],
+    "tokens <= 64": [
+        *(_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)),
+        _matmul_config(32, 64, 128, 4, 4),
+    ],
     "many tokens": [
         _matmul_config(128, 128, 64, 8, 3),
         _matmul_config(64, 128, 64, 4, 4),
@@ -239,7 +253,13 @@ MATMUL_CONFIGS = {
     "unaligned": [_matmul_config(64, 64, 32, 8, 2)],
 }
 GRADS_CONFIGS = {
-    "tokens <= 64": [_grads_config(64, 128, 32, 4, 2)],
+    "tokens <= 64": [
+        _grads_config(64, 128, 32, 4, 2),
+        # The weight is most of what is read: on its way while the little product is computed, and for more
+        # programs at a time, as a tile of half or a quarter takes 132 or 80 registers instead of 238.
+        _grads_config(32, 128, 32, 4, 2, early=True),
+        _grads_config(32, 64, 32, 4, 2, early=True),
+    ],
     "many tokens": [
         _grads_config(128, 128, 64, 8, 3),
         _grads_config(128, 128, 64, 8, 4, descriptors=True),
@@ -529,4 +549,5 @@ def _brief(config: Config) -> str:
     sizes = "x".join(str(size) for name, size in config.values.items() if name.startswith("BLOCK"))
     splits = f" in {config.values['SPLITS']}" if config.values.get("SPLITS", 1) > 1 else ""
     descriptors = ", descriptors" if config.values.get("DESCRIPTORS") else ""
-    return f"{sizes}{splits}{descriptors}, {config.num_warps} warps, {config.num_stages} stages"
+    early = ", early" if config.values.get("EARLY") else ""
+    return f"{sizes}{splits}{descriptors}{early}, {config.num_warps} warps, {config.num_stages} stages"
