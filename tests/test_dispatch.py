@@ -77,9 +77,7 @@ def test_first_rule_that_holds_decides(rules):
 
 
 def test_score_gradients_of_large_linears_and_few_tokens_are_fused_on_an_h100():
-    (of_linear,) = [
-        rules for op, rules in rules_for("NVIDIA H100 80GB HBM3").items() if op == "masked_linear"
-    ]
+    of_linear = rules_for("NVIDIA H100 80GB HBM3")["masked_linear"]
 
     def decided(tokens, rows, dtype):
         return decide(of_linear, Problem(tokens, rows, 768, (), 1, dtype))
@@ -89,6 +87,18 @@ def test_score_gradients_of_large_linears_and_few_tokens_are_fused_on_an_h100():
     assert decided(64, 10, torch.bfloat16) == "dense"
     assert decided(64, 768, torch.float32) == "dense"
     assert rules_for("NVIDIA H200") == {}
+
+
+def test_score_gradients_of_a_wide_first_convolution_are_fused_on_an_h100():
+    of_conv = rules_for("NVIDIA H100 80GB HBM3")["masked_conv"]
+
+    def decided(images, rows, columns, window, dtype=torch.bfloat16, groups=1):
+        return decide(of_conv, Problem(images * 32 * 32, rows, columns, (window, window), groups, dtype))
+
+    assert decided(256, 64, 3, 3) == decided(128, 128, 1, 3, torch.float16) == "mixed"
+    others = [(256, 32, 3, 3), (256, 64, 3, 7), (256, 64, 32, 3), (64, 64, 3, 3)]
+    assert {decided(*other) for other in others} == {"dense"}
+    assert decided(256, 64, 3, 3, torch.float32) == decided(256, 64, 1, 3, groups=64) == "dense"
 
 
 def test_problem_of_a_convolution(rules):

@@ -52,6 +52,21 @@ RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
                 lambda p: p.dtype.itemsize == 2 and p.tokens <= 1024 and p.rows * p.columns >= 2**19,
             ),
         ),
+        # The first layer of VGG-19 on 256 images of 32 x 32, forward and backward: mixed 274 us, dense 295,
+        # eager 301. Dense is as fast or faster with 7 x 7 windows, with 32 outputs, and from 32 inputs on.
+        "masked_conv": (
+            Rule(
+                "mixed",
+                lambda p: (
+                    p.dtype.itemsize == 2
+                    and p.tokens >= 2**17
+                    and p.groups == 1
+                    and p.columns <= 4
+                    and p.rows >= 64
+                    and p.window == (3, 3)
+                ),
+            ),
+        ),
     },
 }
 
