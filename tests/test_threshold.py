@@ -72,8 +72,23 @@ def test_refuses_what_does_not_fit() -> None:
         threshold(values, torch.tensor([1]))
     with pytest.raises(TypeError, match="values must be float32, got float64"):
         threshold([torch.ones(3).double()], torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"num_kept must have shape \[2\], got \[2, 1\]"):
+        threshold(values, torch.tensor([[1], [1]]))
+    with pytest.raises(TypeError, match="num_kept must be int64, got float32"):
+        threshold(values, torch.ones(2))
+    with pytest.raises(TypeError, match="num_kept must be a tensor, got list"):
+        threshold(values, [1, 1])
+    with pytest.raises(TypeError, match="values must be a tensor, got float"):
+        threshold([torch.ones(3), 1.0], torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="at least one tensor"):
         threshold([], torch.tensor([]))
+
+
+def test_strides_do_not_matter() -> None:
+    values = [torch.randn(40, 30).t(), torch.randn(7, 2)[:, 0]]
+    kept = torch.tensor([[100, 0], [3, 0]])[:, 0]
+    wanted = threshold([value.contiguous() for value in values], kept.contiguous())
+    assert all(map(torch.equal, threshold(values, kept), wanted))
 
 
 def test_operator_passes_opcheck() -> None:

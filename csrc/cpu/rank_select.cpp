@@ -82,7 +82,7 @@ std::vector<float> sample(const Segments& segments, int64_t segment) {
 
 // Values of a sample around where the k-th should be, closest where it is most likely.  // ascending
 Pivots sampled_pivots(const Segments& segments, int64_t segment, int64_t k) {
-  constexpr double kDeviations[kPivots] = {4, 1.5, 0.7, 0.2, -0.2, -0.7, -1.5, -4};
+  constexpr double kDeviations[kPivots] = {2, 0.4, -0.4, -2};
   std::vector<float> values = sample(segments, segment);
   Pivots pivots = {};
   if (values.empty()) return pivots;  // all that was met is NaN
@@ -158,21 +158,15 @@ uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
   const std::unique_ptr<uint64_t[]> memory(new uint64_t[range.inside()]);
   const CandidateList list = {memory.get(), range.inside()};
   int64_t inside = 0, above = 0;
-  const uint32_t low = rank_key(range.low), high = rank_key(range.high);
   scan.each([&](const TileRef& ref) {
-    uint64_t kept[kTileRanks], pruned[kTileRanks];
-    Tile tile = make_tile(scan.segments, ref);
-    tile.mask = nullptr;  // every element is a candidate of one list
-    tile.window = {range.low, range.high, -kInfinity, kInfinity};
-    tile.kept = kept;
-    tile.pruned = pruned;
-    const Counts found = tile_kernels().run(tile);
-    // Infinities and NaN are emitted even where they are outside.
-    uint64_t* const end = std::partition(pruned, pruned + found.pruned_out, [&](uint64_t rank) {
-      return key_of(rank) >= low && key_of(rank) <= high;
-    });
-    list.append(inside, pruned, end - pruned);
-    scan.add(above, found.above);
+    uint64_t ranks[kTileRanks];
+    const Layer& layer = scan.segments.layers[ref.layer];
+    const uint32_t position = static_cast<uint32_t>(layer.position + ref.begin);
+    int64_t higher = 0;
+    const int64_t found = tile_kernels().collect(layer.scores + ref.begin, ref.count, position, range.low,
+                                                 range.high, ranks, higher);
+    list.append(inside, ranks, found);
+    scan.add(above, higher);
   });
   if (above >= k || above + inside < k) return 0;
   uint64_t* const kth = memory.get() + (k - above - 1);

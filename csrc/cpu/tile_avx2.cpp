@@ -65,6 +65,6 @@ inline void put_word(uint32_t word, uint8_t* bools) {
 #include "tile_kernels.h"
 
 namespace jackpot {
-const TileKernels kAvx2Kernels = {"avx2", all_finite, count_from, run, pack, unpack};
+const TileKernels kAvx2Kernels = {"avx2", all_finite, count_from, collect, run, pack, unpack};
 }
 #endif

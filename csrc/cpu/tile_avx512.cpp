@@ -50,6 +50,6 @@ inline void put_word(uint32_t word, uint8_t* bools) {
 #include "tile_kernels.h"
 
 namespace jackpot {
-const TileKernels kAvx512Kernels = {"avx512", all_finite, count_from, run, pack, unpack};
+const TileKernels kAvx512Kernels = {"avx512", all_finite, count_from, collect, run, pack, unpack};
 }
 #endif

@@ -52,6 +52,30 @@ inline void emit(uint64_t chosen, const float* scores, uint32_t position, uint64
   count += found;
 }
 
+int64_t collect(const float* values, int64_t count, uint32_t position, float low, float high, uint64_t* ranks,
+                int64_t& above) {
+  const Vec lowest = Vec::splat(low), highest = Vec::splat(high);
+  int64_t found = 0;
+  const auto group = [&](const float* scores, int64_t i, uint64_t valid) {
+    uint64_t up_to_high = 0, from_low = 0;
+    for (int lane = 0; lane < kGroup; lane += kLanes) {
+      const Vec v = Vec::load(scores + lane);
+      up_to_high |= static_cast<uint64_t>(v <= highest) << lane;
+      from_low |= static_cast<uint64_t>(v >= lowest) << lane;
+    }
+    above += __builtin_popcountll(~up_to_high & valid);
+    const uint64_t inside = up_to_high & from_low & valid;
+    if (inside) emit(inside, scores, position + static_cast<uint32_t>(i), ranks, found);
+  };
+  int64_t i = 0;
+  for (; i + kGroup <= count; i += kGroup) group(values + i, i, ~0ull);
+  if (i == count) return found;
+  float rest[kGroup] = {};
+  __builtin_memcpy(rest, values + i, (count - i) * sizeof(float));
+  group(rest, i, (1ull << (count - i)) - 1);
+  return found;
+}
+
 template <bool kUpdate, bool kEmit>
 class TileRun {
  public:

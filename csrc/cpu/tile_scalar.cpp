@@ -77,5 +77,5 @@ inline void put_word(uint32_t word, uint8_t* bools) {
 #include "tile_kernels.h"
 
 namespace jackpot {
-const TileKernels kScalarKernels = {"scalar", all_finite, count_from, run, pack, unpack};
+const TileKernels kScalarKernels = {"scalar", all_finite, count_from, collect, run, pack, unpack};
 }

@@ -1,6 +1,7 @@
 """The exact threshold of every layer, or of all layers together."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ def threshold(values: Sequence[Tensor], num_kept: Tensor, joint: bool = False) -
         TypeError: a tensor has another dtype.
         ValueError: a shape, device or count does not fit.
     """
+    # On the CPU the operator itself looks at everything before it computes anything. To look at ResNet-32's 32
+    # layers here, too, took 0.1 of 0.88 ms from cold caches.
+    if isinstance(num_kept, Tensor) and num_kept.is_cpu and num_kept.dim() == 1:
+        with suppress(RuntimeError):
+            return torch.ops.jackpot.threshold(values, num_kept, joint)
+    _require_fit(values, num_kept, joint)
+    return torch.ops.jackpot.threshold([value.contiguous() for value in values], num_kept.contiguous(), joint)
+
+
+def _require_fit(values: Sequence[Tensor], num_kept: Tensor, joint: bool) -> None:
     if not values:
         raise ValueError("values must name at least one tensor, got none")
     for value in values:
@@ -38,7 +49,6 @@ def threshold(values: Sequence[Tensor], num_kept: Tensor, joint: bool = False) -
     for kept, numel in zip(num_kept.tolist(), [sum(sizes)] if joint else sizes, strict=True):
         if not 1 <= kept <= numel:
             raise ValueError(f"num_kept must be in [1, {numel}], got {kept}")
-    return torch.ops.jackpot.threshold([value.contiguous() for value in values], num_kept.contiguous(), joint)
 
 
 @torch.library.register_fake("jackpot::threshold")
