@@ -327,15 +327,20 @@ def _circumstances(device: torch.device) -> Result:
 def commit() -> str:
     """Return the commit of this tree, "-dirty" where it has changes, or "unknown" outside a repository.
 
-    ``JACKPOT_COMMIT`` tells it where git cannot, as in a copy without its history.
+    Results are no such changes. ``JACKPOT_COMMIT`` tells it where git cannot, as in a copy without history.
     """
     if told := os.environ.get("JACKPOT_COMMIT"):
         return told
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True)
+    return answer.stdout.strip()
 
 
 _KINDS: Mapping[str, Callable[[Workshop, Run], Result]] = {
