@@ -166,6 +166,17 @@ class MaskedLayer(nn.Module):
         """
         return self._effective
 
+    @property
+    def cached_cast_weight(self) -> Tensor | None:
+        """The weight in the compute dtype that is kept for the fused kernels; None if none is up to date."""
+        if self._cast is not None and not self._is_cast_of(self.weight):
+            self._cast = None
+        return self._cast
+
+    def _is_cast_of(self, weight: Tensor) -> bool:
+        source, address, version = self._cast_from
+        return source is weight and (address, version) == (weight.data_ptr(), _version(weight))
+
     def _is_fresh(self, weight: Tensor, words: Tensor, made: Tensor) -> bool:
         old_weight, old_words = self._built_from
         return weight is old_weight and words is old_words and self._built_at == _state(weight, words, made)
@@ -206,12 +217,8 @@ class MaskedLayer(nn.Module):
         if weight.dtype == dtype:
             return None
         compiling = torch.compiler.is_compiling()
-        if kept is not None and kept.dtype == dtype:
-            source, address, version = self._cast_from
-            if compiling or (
-                source is weight and (address, version) == (weight.data_ptr(), _version(weight))
-            ):
-                return kept
+        if kept is not None and kept.dtype == dtype and (compiling or self._is_cast_of(weight)):
+            return kept
         if compiling:
             return weight.to(dtype)
         with torch.inference_mode(False):

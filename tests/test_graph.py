@@ -104,6 +104,65 @@ def test_notices_memory_that_a_graph_does_not_know():
     assert not optimizer.is_captured
 
 
+@pytest.mark.parametrize("how", ["other dtype", "moved", "written to", "elsewhere"])
+def test_notices_weights_that_a_graph_does_not_know(how):
+    """What the fused kernels read is the weight, or a cast of it that the layer keeps."""
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    captured_step(model, optimizer)
+    for layer in jk.masked_layers(model).values():
+        layer._effective = None
+        with torch.autocast("cpu", torch.bfloat16):
+            layer._cast_weight()
+    with optimizer.capturing():
+        pass
+    assert optimizer.is_captured
+    if how == "other dtype":
+        with torch.autocast("cpu", torch.float16):
+            model.conv._cast_weight()
+    elif how == "moved":
+        model.to("cpu")
+    elif how == "written to":
+        model.conv.weight.data.mul_(2)
+        model.conv.weight.mul_(2)
+    else:
+        model.conv._cast = None
+        with optimizer.capturing():
+            pass
+        model.conv.weight.data = model.conv.weight.data.clone()
+    assert not optimizer.is_captured
+
+
+def test_learning_rates_stay_out_of_a_capture():
+    """A replay would read the tensor that was the learning rate then."""
+    model, lr = make_network(), torch.tensor(0.25)
+    optimizer = jk.SRPopup(model, lr, total_steps=3)
+    with optimizer.capturing():
+        lr.fill_(0.5)
+        loss_fn(model, *batch(0)).backward()
+        optimizer.step()
+        assert optimizer._hyper[0, 0] == 0.25
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.125)
+    with optimizer.replaying():
+        assert optimizer._hyper[0, 0] == 0.125
+
+
+def test_a_capture_looks_at_changed_masks_beforehand(monkeypatch):
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    model.conv.mask = model.conv.mask
+    with optimizer.capturing():
+        monkeypatch.setattr(optimizer, "_require_num_kept", lambda words: pytest.fail("waits for the device"))
+        loss_fn(model, *batch(0)).backward()
+        optimizer.step()
+
+
+def test_takes_no_inputs():
+    model = make_network()
+    step = GraphedStep(jk.SRPopup(model, total_steps=2), lambda: loss_fn(model, *batch(0)))
+    assert step().shape == ()
+
+
 def test_refuses_no_warm_up():
     with pytest.raises(ValueError, match="warm_up must be at least 1, got 0"):
         GraphedStep(jk.SRPopup(make_network(), total_steps=1), lambda x: x, warm_up=0)

@@ -251,7 +251,9 @@ def test_score_gradient_is_added_in_place(case, backend):
     truth = conv(*arrays, lambda _: double(grad), stride, dilation, groups, pads)[3]
     before = torch.randn(weight.shape)
     sums = before.clone()
+    version = sums._version
     assert masked_conv2d_score_grad_(sums, grad, x, weight, **window, backend=backend) is sums
+    assert sums._version > version
     assert_near(sums, before + plain_scores, double(before) + truth, torch.float32)
     written = torch.full_like(before, torch.nan)
     masked_conv2d_score_grad_(written, grad, x, weight, **window, accumulate=False, backend=backend)

@@ -102,6 +102,17 @@ def test_descriptors_are_only_made_of_whole_rows(monkeypatch):
     assert_right(y, x, weight, scores, mask, bias, dtype)
 
 
+def test_descriptors_are_only_made_of_aligned_rows(monkeypatch):
+    """The gradient of one output is a column, which counts as a row of one, too."""
+    for lists in ("MATMUL_CONFIGS", "GRADS_CONFIGS"):
+        configs = sorted(getattr(kernels, lists)["many tokens"], key=lambda c: -c.values["DESCRIPTORS"])
+        monkeypatch.setitem(getattr(kernels, lists), "many tokens", configs)
+    dtype = torch.bfloat16
+    x, weight, scores, mask, bias = problem((100,), 1, 64, dtype)
+    y = masked_linear(x, weight, scores, mask, bias, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, dtype)
+
+
 @pytest.mark.parametrize("inputs", [32, 45])
 def test_rows_beyond_32_bits(inputs):
     x, weight, scores, mask, bias = (t.detach() for t in problem((34,), 16, inputs, torch.bfloat16))
@@ -228,11 +239,20 @@ def test_score_gradient_is_added_in_place(dtype, backend):
     plain = (grad.view(-1, 17).t() @ x.view(-1, 45)).float() * weight.float()
     before = torch.randn(17, 45)
     sums = before.clone()
+    version = sums._version
     assert masked_linear_score_grad_(sums, grad, x, weight, backend=backend) is sums
+    assert sums._version > version
     assert_near(sums, before + plain, double(before) + truth, dtype)
     written = torch.full_like(before, torch.nan)
     masked_linear_score_grad_(written, grad, x, weight, accumulate=False, backend=backend)
     assert_near(written, plain, truth, dtype)
+
+
+def test_score_gradient_of_the_reference_runs_no_kernel():
+    """Which takes no float64."""
+    x, weight, grad = (torch.randn(size, dtype=torch.float64) for size in ((6, 9), (5, 9), (6, 5)))
+    sums = masked_linear_score_grad_(torch.zeros(5, 9), grad, x, weight, backend="reference")
+    torch.testing.assert_close(sums, ((grad.t() @ x) * weight).float())
 
 
 def test_score_gradient_of_no_tokens_is_zero():

@@ -794,3 +794,15 @@ def test_a_copy_goes_on_by_itself(copied):
 def test_it_prints_as_optimizers_do():
     text = repr(jk.SRPopup(make_network(), total_steps=5))
     assert text.startswith("SRPopup (") and "lr: 0.1" in text
+
+
+def test_refuses_a_layer_that_keeps_nothing():
+    model = make_network()
+    model.conv.mask = torch.zeros_like(model.conv.mask)
+    with pytest.raises(ValueError, match="mask of layer 'conv' must keep at least one weight, got none"):
+        jk.SRPopup(model, total_steps=3)
+    jk.SRPopup(model, total_steps=3, scope="global")
+    for layer in jk.masked_layers(model).values():
+        layer.mask = torch.zeros_like(layer.mask)
+    with pytest.raises(ValueError, match="mask of the model must keep at least one weight, got none"):
+        jk.SRPopup(model, total_steps=3, scope="global")

@@ -220,3 +220,12 @@ def test_operator_passes_opcheck() -> None:
     torch.library.opcheck(
         torch.ops.jackpot.swap_, (*arguments, *settings, False, "best", 0, search.workspace)
     )
+
+
+def test_refuses_segments_that_keep_nothing() -> None:
+    scores, mask = torch.rand(50), torch.arange(50) < 5
+    schedule, control = torch.ones(2, 2, dtype=torch.float64), torch.tensor([1, 0, 0])
+    with pytest.raises(RuntimeError, match="num_kept must be at least 1"):
+        swap_([scores], [pack_mask(mask)], torch.tensor([[5, 0]]), schedule, control)
+    with pytest.raises(RuntimeError, match="masks must keep at least one weight of each segment"):
+        swap_([scores], [pack_mask(mask & False)], torch.tensor([[5, 5]]), schedule, control)

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -149,6 +150,8 @@ void exchange_scanned(const Segments& segments, const std::vector<int64_t>& whic
     now[i] = count_kept(segments, which[i]);
     targets[i] = request.target(num_kept + 2 * which[i], now[i]);
   });
+  STD_TORCH_CHECK(*std::min_element(now.begin(), now.end()) >= 1,
+                  "masks must keep at least one weight of each segment");
   std::vector<uint64_t> thresholds;
   rank_select(segments, which, targets, thresholds);
 
@@ -269,8 +272,10 @@ SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, 
   require_cpu(schedule, ScalarType::Double, "schedule");
   STD_TORCH_CHECK(num_kept.numel() == 2 * segments.size(), "num_kept must be [segments, 2]");
   STD_TORCH_CHECK(schedule.dim() == 2 && schedule.size(1) == 2, "schedule must be [steps, 2]");
+  const int64_t* const kept = static_cast<const int64_t*>(num_kept.data_ptr());
+  STD_TORCH_CHECK(*std::min_element(kept, kept + num_kept.numel()) >= 1, "num_kept must be at least 1");
   return {make_patches(segments, masks, weights, effective),
-          static_cast<const int64_t*>(num_kept.data_ptr()),
+          kept,
           static_cast<const double*>(schedule.data_ptr()),
           schedule.size(0),
           pairs_named(pairs),

@@ -412,13 +412,17 @@ def _kind(x: Tensor, aligned: bool, few: str, some: str) -> str:
 
 
 def _usable(configs: list[Config], *matrices: Tensor) -> list[Config]:
-    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows.
+    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows
+    that start at multiples of 16 bytes.
 
     Their number belongs to what a choice depends on.
     """
     device = matrices[0].device
     engine = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
-    rows = all(m.stride(1) == 1 and m.stride(0) >= m.shape[1] for m in matrices)
+    rows = all(
+        m.stride(1) == 1 and m.stride(0) >= m.shape[1] and m.stride(0) * m.element_size() % 16 == 0
+        for m in matrices
+    )
     return [config for config in configs if (engine and rows) or not config.values["DESCRIPTORS"]]
 
 

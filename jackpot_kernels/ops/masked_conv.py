@@ -162,9 +162,11 @@ def score_grad_(
     backend: str,
 ) -> None:
     """Add the score gradient ``G * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
-    if backend == "fused":
-        (grad_scores, grad, x, weight), window = _as_images(geometry, grad_scores, grad, x, weight)
-        torch.ops.jackpot.masked_conv_fused_score_grad_(grad_scores, grad, x, weight, accumulate, *window)
+    if backend in ("fused", "mixed"):
+        (sums, grad, x, weight), window = _as_images(geometry, grad_scores, grad, x, weight)
+        torch.ops.jackpot.masked_conv_fused_score_grad_(sums, grad, x, weight, accumulate, *window)
+        # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+        torch.autograd.graph.increment_version(grad_scores)
         return
     stride, padding, dilation, groups = geometry
     none = [0] * len(stride)

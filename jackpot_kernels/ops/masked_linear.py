@@ -101,8 +101,10 @@ def score_grad_(
     grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool, backend: str
 ) -> None:
     """Add the score gradient ``(grad.T @ x) * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
-    if backend != "dense":
+    if backend in ("fused", "mixed"):
         torch.ops.jackpot.masked_linear_fused_score_grad_(grad_scores, grad, x, weight, accumulate)
+        # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+        torch.autograd.graph.increment_version(grad_scores)
         return
     grad_weight = grad.reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])  # [M, K]
     if accumulate:

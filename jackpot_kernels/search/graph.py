@@ -51,21 +51,27 @@ class GraphedStep:
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Take a step and return what ``compute`` returned, detached; the loss is that before the step."""
+        if not (inputs and all(x.is_cuda for x in inputs)):
+            self._optimizer.zero_grad()
+            outputs = self._step(inputs)
+        else:
+            # Streams and graphs belong to the current device, which need not be that of the model.
+            with torch.cuda.device(inputs[0].device):
+                outputs = self._step_on_device(inputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _step_on_device(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._graph is not None and not getattr(self._optimizer, "is_captured", True):
             self._graph, self._left = None, 1
-        if self._graph is None and self._left == 0 and all(x.is_cuda for x in inputs):
+        if self._graph is None and self._left == 0:
             self._capture(inputs)
         if self._graph is not None and _layout(inputs) == _layout(self._inputs):
-            outputs = self._replay(inputs)
-        else:
-            self._left = max(0, self._left - 1)
-            outputs = self._eager_step(inputs)
-        return outputs if len(outputs) > 1 else outputs[0]
+            return self._replay(inputs)
+        self._left = max(0, self._left - 1)
+        return self._eager_step(inputs)
 
     def _eager_step(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         self._optimizer.zero_grad()
-        if not all(x.is_cuda for x in inputs):
-            return self._step(inputs)
         # Capture runs on a stream of its own, where what was set up on the default stream would be a trap.
         present, aside = torch.cuda.current_stream(), self._aside or torch.cuda.Stream()
         self._aside = aside
@@ -100,9 +106,11 @@ class GraphedStep:
         self._inputs = [x.clone() for x in inputs]
         # Gradients that the graph itself makes stay where they are from replay to replay.
         self._optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as one that pins batches, may go on meanwhile.
-        with self._around("capturing"), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On a stream of its own, for torch's is on the device that captured first. Other threads, such as one
+        # that pins batches, may go on meanwhile.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with self._around("capturing"), capture:
             self._outputs = self._step(tuple(self._inputs))
         self._graph = graph
 

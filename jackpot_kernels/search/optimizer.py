@@ -116,7 +116,7 @@ class SRPopup(torch.optim.Optimizer):
         names = _name_groups(self.param_groups, layers)
         self._model = model
         self._layers = {name: layer for name, layer in layers.items() if name in names}
-        num_kept = _num_kept_rows(self._layers, final_sparsity)  # [L, 2]
+        num_kept = _num_kept_rows(self._layers, final_sparsity, scope)  # [L, 2]
         for layer in self._layers.values():
             self.state[layer.scores]["momentum_buffer"] = torch.zeros_like(layer.scores)
         # All that a resume needs besides groups and momentum; state_dict() carries it as it stands here.
@@ -157,9 +157,9 @@ class SRPopup(torch.optim.Optimizer):
         self._scaled = False
         self._stats = self._search["num_kept"].new_zeros(len(self._search["num_kept"]), 5)  # [S, 5]
         self._step: SearchStep | None = None
-        # What a captured step writes, which stays when an ordinary step comes in between.
-        self._captured_effective: list[Tensor | None] = []
-        self._captured_words: list[Tensor] | None = None
+        self._capturing = False
+        # What a captured step reads and writes, which stays when an ordinary step comes in between.
+        self._captured: _Held | None = None
         self._words: list[Tensor] = []
         self._versions: list[int] = []
         self._calls = self.steps
@@ -198,27 +198,30 @@ class SRPopup(torch.optim.Optimizer):
     def capturing(self) -> Iterator[None]:
         """Let a CUDA graph capture ``step`` inside; it then happens at each replay inside ``replaying``.
 
-        Settings are written to the device beforehand, where a captured step reads them.
+        Settings are written to the device beforehand, where a captured step reads them; and what would wait
+        for the device is looked at beforehand.
         """
+        self._require_steps_left()
+        self._watch(self._require_same_layers())
         self._write_hyper()
-        calls = self._calls
+        calls, self._capturing = self._calls, True
         try:
             yield
-            self._captured_words, self._captured_effective = self._present_words(), self._cached()
+            self._captured = self._held()
         finally:
-            self._calls = calls
+            self._calls, self._capturing = calls, False
 
     @property
     def is_captured(self) -> bool:
-        """Whether a captured step writes to the masks and effective weights that the layers hold now.
+        """Whether a captured step works on the masks and weights that the layers hold now.
 
-        It does not when they were built anew since, in another dtype or for another mask, nor when
-        ``load_state_dict`` gave the optimizer other memory.
+        It does not when they were built anew since, in another dtype or for another mask, or lie elsewhere,
+        nor when ``load_state_dict`` gave the optimizer other memory.
         """
-        if self._captured_words is None:
+        if self._captured is None:
             return False
-        written = (*self._captured_words, *self._captured_effective)
-        return _same((*self._present_words(), *self._cached()), written)
+        held = self._held()
+        return _same(held.tensors, self._captured.tensors) and held.addresses == self._captured.addresses
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -231,7 +234,8 @@ class SRPopup(torch.optim.Optimizer):
         words = self._require_same_layers()
         self._write_hyper()
         yield
-        effective = [weight for weight in self._captured_effective if weight is not None]
+        assert self._captured is not None
+        effective = [weight for weight in self._captured.effective if weight is not None]
         written = (*self._scores, *self._momenta, *words, *effective)
         torch.autograd.graph.increment_version(written)
         self._watch(words)
@@ -240,8 +244,14 @@ class SRPopup(torch.optim.Optimizer):
     def _present_words(self) -> list[Tensor]:
         return [buffers["mask_words"] for _, buffers in self._tensors]
 
-    def _cached(self) -> list[Tensor | None]:
-        return [layer.cached_effective_weight for layer in self._layers.values()]
+    def _held(self) -> "_Held":
+        layers = self._layers.values()
+        return _Held(
+            self._present_words(),
+            [layer.cached_effective_weight for layer in layers],
+            [layer.cached_cast_weight for layer in layers],
+            [parameters["weight"].data_ptr() for parameters, _ in self._tensors],
+        )
 
     def stats(self) -> dict[str, SwapStats]:
         """Return what the last step did to each layer, or under the key "global" to all in the global scope.
@@ -423,14 +433,16 @@ class SRPopup(torch.optim.Optimizer):
         """Write the rows that the update reads, unless they stand there already.
 
         Learning rates and loss scales that are tensors on the scores' device are used where they are. Numbers
-        are filled in, for a copy from the host's memory would wait for the device.
+        are filled in, for a copy from the host's memory would wait for the device. Learning rates stay out of
+        a capture, as a replay would read the tensor that was one then; they are written before each replay.
         """
         rows: list[tuple[float, ...]] = []
         tensor_lrs = []
         for i, group in enumerate(self.param_groups):
             lr, momentum, weight_decay, nesterov, step_scale = _hyper_of(group)
             if isinstance(lr, Tensor) and lr.device.type == self._device.type:
-                tensor_lrs.append((i, lr, step_scale))
+                if not self._capturing:
+                    tensor_lrs.append((i, lr, step_scale))
                 lr = -1.0  # no number, not even 0, is what stands there
             rows.append((float(lr) * step_scale, momentum, weight_decay, float(nesterov), 1.0))
         grad_scale = getattr(self, "grad_scale", None)
@@ -455,6 +467,20 @@ class SRPopup(torch.optim.Optimizer):
                     self._group_hyper[i, j].fill_(value)
         if self._scaled:
             self._group_hyper[:, 4].fill_(1.0)
+
+
+class _Held(NamedTuple):
+    """What a captured step finds by its address: of each layer the mask, the weights that are kept of it, and
+    where its own weight lies."""
+
+    words: list[Tensor]
+    effective: list[Tensor | None]
+    cast: list[Tensor | None]
+    addresses: list[int]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [*self.words, *self.effective, *self.cast]
 
 
 def _same(present: Sequence[Any], known: Sequence[Any]) -> bool:
@@ -515,10 +541,14 @@ def _require_hyper(group: Mapping[str, Any]) -> None:
 
 
 def _num_kept_rows(
-    layers: Mapping[str, MaskedLayer], final_sparsity: float | Mapping[str, int] | None
+    layers: Mapping[str, MaskedLayer], final_sparsity: float | Mapping[str, int] | None, scope: str
 ) -> Tensor:
     """Return how many weights each layer keeps at first and in the end.  # [L, 2]"""
     first = {name: layer.num_kept for name, layer in layers.items()}
+    for name, count in first.items() if scope == "layer" else [("", sum(first.values()))]:
+        if count < 1:
+            where = f"layer {name!r}" if name else "the model"
+            raise ValueError(f"mask of {where} must keep at least one weight, got none")
     last = dict(first)
     if isinstance(final_sparsity, Mapping):
         last = _given_num_kept(first, final_sparsity)
