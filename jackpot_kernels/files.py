@@ -89,7 +89,7 @@ def save_jackpot(model: nn.Module, path: str | os.PathLike[str], *, source: str 
         "sparsity": _sparsity(model, layers)._asdict(),
         "source": source,
     }
-    _write(Path(path).resolve(), save(tensors, {_METADATA: json.dumps(header)}))
+    write_whole(Path(path).resolve(), save(tensors, {_METADATA: json.dumps(header)}))
 
 
 def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
@@ -175,7 +175,7 @@ def _sparsity(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> Spar
     return Sparsity(masked=pruned / max(numel, 1), overall=pruned / max(num_plain_weights(model), 1))
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write beside and rename, so that ``path`` holds the old file or the whole new one."""
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:

@@ -4,6 +4,8 @@ With ``G = dL/d(weight * mask)`` the scores get ``G * weight``, those of pruned 
 """
 
 from collections.abc import Sequence
+from numbers import Integral
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -426,11 +428,13 @@ def _require_channels(x: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def _one_each(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
-    if isinstance(value, int):
-        return (value,) * count
-    if len(value) != count:
-        raise ValueError(f"{name} must be one number or {count}, got {tuple(value)}")
-    return value
+    values = (int(value),) * count if isinstance(value, int | Integral) else tuple(map(index, value))
+    if len(values) != count:
+        raise ValueError(f"{name} must be one number or {count}, got {values}")
+    least = 0 if name == "padding" else 1
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}, got {min(values)}")
+    return values
 
 
 def _pad(

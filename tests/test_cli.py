@@ -1,6 +1,8 @@
 import errno
 import json
+import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -235,6 +237,44 @@ def test_full_disk_leaves_the_last_checkpoint(monkeypatch, tmp_path):
     assert not (tmp_path / "out/checkpoint.new").exists()
 
 
+FULL_DISK = """
+import resource, sys, torch
+from jackpot_kernels.search.folder import SearchFolder
+folder = SearchFolder(sys.argv[1])
+folder.create()
+folder.save({"settings": {}, "model": {}, "position": (0, 0)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    folder.save({"settings": {}, "model": torch.zeros(5000), "position": (1, 0)})
+except OSError as error:
+    print("refused:", error.strerror, folder.load()["position"])
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_the_last_checkpoint(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "refused: File too large (0, 0)\n", done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "sentence"),
+    [
+        ("names", None, "checkpoint of the search must hold names, got None"),
+        ("settings", 1, "checkpoint of the search must hold settings, got 1"),
+        ("optimizer", None, "checkpoint must be whole, got "),
+        ("rng", {}, "checkpoint must be whole, got "),
+    ],
+)
+def test_a_checkpoint_without_a_part_is_refused(part, value, sentence, finished, tmp_path):
+    for name in ("checkpoint.pt", "log.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(state | {part: value}, tmp_path / "checkpoint.pt")
+    assert sentence in search(tmp_path, "--resume", expect=2).stderr
+
+
 def test_finished_search_resumes_to_the_same_end(finished, tmp_path):
     before = log(finished), (finished / "jackpot.safetensors").read_bytes()
     search(finished, "--resume")
@@ -313,7 +353,9 @@ def test_env_prints_facts():
         (["--sparsity", "nan"], "sparsity must be in [0, 1), got nan"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--batch-size", "-4"], "batch_size must be at least 1, got -4"),
-        (["--lr", "-1"], "lr must be finite and not negative, got -1.0"),
+        (["--lr", "1e39"], "lr must be finite in float32 and not negative, got 1e+39"),
+        (["--seed", "20240101123456789"], "seed must be below 2**32, got 20240101123456789"),
+        (["--lr", "-1"], "lr must be finite in float32 and not negative, got -1.0"),
         (["--eta", "2"], "eta must be in [0, 1], got 2.0"),
         (["--schedule", "cubic"], "schedule must be one of quartic, inverse, constant, single, got 'cubic'"),
         (["--scope", "block"], "scope must be one of layer, global, got 'block'"),

@@ -80,6 +80,8 @@ def assert_same(model, oracles):
     for layer, wanted in zip(jk.masked_layers(model).values(), oracles, strict=True):
         np.testing.assert_array_equal(flat(layer.scores), wanted.scores)
         np.testing.assert_array_equal(flat(layer.mask), wanted.mask)
+        patched = layer.patchable_effective_weight
+        assert patched is None or torch.equal(patched, layer.weight * layer.mask)
         assert torch.equal(layer.effective_weight(), layer.weight * layer.mask)
 
 

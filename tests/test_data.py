@@ -181,6 +181,16 @@ def test_ordered_batches_are_normalized_only():
     assert torch.equal(batches.labels, data.tensors[1])
 
 
+def test_sampled_batches_come_from_everywhere_or_are_all():
+    data = TensorDataset(torch.arange(100.0), torch.arange(100) // 10)
+    batches = Batches(data, 8, CPU, seed=3)
+    first, second = (torch.cat([x for x, _ in batches.sampled(5)]) for _ in range(2))
+    assert torch.equal(first, second) and len(first.unique()) == 40
+    assert len((first // 10).unique()) == 10  # every class, which lie one after the other
+    everything = [x for x, _ in batches.sampled(13)]
+    assert all(map(torch.equal, everything, [x for x, _ in batches.ordered()])) and len(everything) == 13
+
+
 def test_images_are_an_ordinary_data_set():
     data = as_dataset(pictures(), "training data")
     ((inputs, labels),) = DataLoader(data, batch_size=10)

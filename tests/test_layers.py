@@ -528,3 +528,27 @@ def test_compiles_under_autocast():
         torch._dynamo.reset()
         y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert y.dtype == torch.bfloat16 and torch.equal(y, wanted)
+
+
+def test_mask_words_with_bits_after_the_last_weight_are_refused():
+    layer = MaskedLinear(33, 1)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["mask_words"][-1] |= -2
+    with pytest.raises(RuntimeError, match="mask_words must have no bits after the last weight, got some"):
+        layer.load_state_dict(state)
+    assert layer.num_kept == 33
+
+
+def test_a_weight_that_was_trained_leaves_no_effective_weight_behind():
+    """A compiled layer takes a kept one as it is."""
+    layer = MaskedLinear(9, 5)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 9)
+    layer(x)
+    layer.weight.requires_grad_(True)
+    layer(x).square().sum().backward()
+    torch.optim.SGD([layer.weight], 0.1).step()
+    layer.weight.requires_grad_(False)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, torch.nn.functional.linear(x, layer.weight, layer.bias))

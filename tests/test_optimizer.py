@@ -546,12 +546,16 @@ def test_dtype_and_memory_format_may_change_in_mid_search():
 
 
 BAD_ARGUMENTS = [
-    ({"lr": -0.1}, ValueError, "lr must be finite and at least 0, got -0.1"),
-    ({"lr": math.nan}, ValueError, "lr must be finite and at least 0, got nan"),
+    ({"lr": -0.1}, ValueError, "lr must be finite in float32 and at least 0, got -0.1"),
+    ({"lr": math.nan}, ValueError, "lr must be finite in float32 and at least 0, got nan"),
     ({"lr": "0.1"}, TypeError, "lr must be a number, got str"),
     ({"lr": torch.ones(2)}, ValueError, "lr must have one element, got 2"),
-    ({"momentum": -1.0}, ValueError, "momentum must be finite and at least 0, got -1.0"),
-    ({"weight_decay": math.inf}, ValueError, "weight_decay must be finite and at least 0, got inf"),
+    ({"momentum": -1.0}, ValueError, "momentum must be finite in float32 and at least 0, got -1.0"),
+    (
+        {"weight_decay": math.inf},
+        ValueError,
+        "weight_decay must be finite in float32 and at least 0, got inf",
+    ),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "momentum must be above 0 for nesterov, got 0"),
     ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),
     ({"total_steps": 1.5}, TypeError, "total_steps must be an integer, got float"),

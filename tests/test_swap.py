@@ -229,3 +229,21 @@ def test_refuses_segments_that_keep_nothing() -> None:
         swap_([scores], [pack_mask(mask)], torch.tensor([[5, 0]]), schedule, control)
     with pytest.raises(RuntimeError, match="masks must keep at least one weight of each segment"):
         swap_([scores], [pack_mask(mask & False)], torch.tensor([[5, 5]]), schedule, control)
+
+
+@pytest.mark.parametrize("row", [(100.0, 0.5), (-1.0, 0.5), (0.5, -100.0), (0.5, 1.5), (float("nan"), 0.5)])
+def test_refuses_rates_outside_0_and_1(row: tuple[float, float]) -> None:
+    mask = torch.arange(50) < 5
+    words, schedule = pack_mask(mask), torch.tensor([row], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"schedule must hold rates and ramps in \[0, 1\], got "):
+        swap_([torch.rand(50)], [words], torch.tensor([[5, 5]]), schedule, torch.tensor([1, 0, 0]))
+    assert torch.equal(words, pack_mask(mask))
+
+
+def test_bits_after_the_last_weight_mean_nothing() -> None:
+    scores, mask = torch.rand(33), torch.arange(33) < 17
+    words, poisoned = pack_mask(mask), pack_mask(mask)
+    poisoned[-1] |= -2
+    settings = (torch.tensor([[17, 17]]), torch.ones(1, 2, dtype=torch.float64), torch.tensor([1, 0, 0]))
+    assert torch.equal(swap_([scores], [words], *settings), swap_([scores], [poisoned], *settings))
+    assert torch.equal(unpack_mask(words, mask.shape), unpack_mask(poisoned, mask.shape))

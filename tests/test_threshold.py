@@ -56,6 +56,17 @@ def test_layers_of_many_tiles(kind: str, share: float) -> None:
     check(values, [int(share * sum(v.size for v in values))], joint=True)
 
 
+@pytest.mark.parametrize("n", [2100, 36_864])
+def test_many_ties_below_a_few_that_a_sample_misses(n: int) -> None:
+    """The range of the k-th then reaches up to any value, and its rounded middle below its lower end."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values = np.full(n, 0.5)
+        values[: n // 2 + 30] = 1.5
+        values[rng.choice(n, 3, replace=False)] = rng.choice([1.6, 7.0, 1e9, 3e38], 3)
+        check([values.astype(np.float32)], [int(rng.choice([1, 2, 3, 4, 100]))], joint=False)
+
+
 def test_reference_agrees() -> None:
     values = [torch.randint(0, 50, (n,)).float() for n in (1, 77, 5000)]
     kept = torch.tensor([1, 7, 500])

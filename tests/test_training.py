@@ -234,7 +234,7 @@ def test_trainings_may_be_evaluated_at_the_end_only(data):
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
-        ({"lr": float("nan")}, "lr must be finite and not negative, got nan"),
+        ({"lr": float("nan")}, "lr must be finite in float32 and not negative, got nan"),
         ({"momentum": 0, "nesterov": True}, "momentum must be above 0 for nesterov, got 0"),
         ({"schedule": "linear"}, "schedule must be one of steps, cosine, got 'linear'"),
     ],

@@ -8,7 +8,7 @@ from benchmarks.paper.figures import draw
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import Scale
 from benchmarks.paper.tables import NOT_RUN, Findings, footnotes, markdown, table
-from jackpot_kernels.cli.common import write_beside
+from jackpot_kernels.files import write_whole
 from jackpot_kernels.report.page import Section, Table, write_page
 
 _LEAD = (
@@ -30,7 +30,7 @@ def write_report(results: Results, scale: Scale, seeds: int) -> tuple[Path, Path
     facts = _facts(results, scale)
     parts = [f"# {title}", lead, *map(_as_markdown, sections), "## Where the figures come from"]
     parts += ["\n".join(f"- {name}: {value}" for name, value in facts)]
-    write_beside(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
+    write_whole(folder / "report.md", ("\n\n".join(parts) + "\n").encode())
     page = folder / "report.html"
     write_page(page, title=title, lead=lead, sections=sections, facts=facts)
     return folder / "report.md", page

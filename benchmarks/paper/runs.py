@@ -203,7 +203,7 @@ def _mask(workshop: Workshop, run: Run) -> Result:
     dense = evaluate(model, test, settings.amp).accuracy
     initialize_masks(model, settings, train)
     stale = evaluate(model, test, settings.amp).accuracy
-    recalibrate(model, islice(train.ordered(), _CALIBRATION_BATCHES))
+    recalibrate(model, train.sampled(_CALIBRATION_BATCHES))
     recalibrated = evaluate(model, test, settings.amp).accuracy
     searched = {
         name: layer.mask for name, layer in masked_layers(model).items() if layer.scores.requires_grad

@@ -148,7 +148,8 @@ Range likely(const Range& range, int64_t k) {
   const double margin = (4 * std::sqrt(share * (1 - share) * inside) + 8) / inside;
   const double width = static_cast<double>(range.high) - range.low;
   const auto below_high = [&](double part) {
-    return static_cast<float>(range.high - std::clamp(part, 0.0, 1.0) * width);
+    // Where the two ends are far apart, the difference may fall below the lower one by rounding.
+    return std::max(range.low, static_cast<float>(range.high - std::clamp(part, 0.0, 1.0) * width));
   };
   return {below_high(share + margin), below_high(share - margin), range.from_low, range.above_high};
 }
@@ -168,7 +169,7 @@ uint64_t select_inside(const Scan& scan, int64_t k, const Range& range) {
     list.append(inside, ranks, found);
     scan.add(above, higher);
   });
-  if (above >= k || above + inside < k) return 0;
+  if (above >= k || above + inside < k || inside > list.capacity) return 0;
   uint64_t* const kth = memory.get() + (k - above - 1);
   std::nth_element(memory.get(), kth, memory.get() + inside, std::greater<uint64_t>());
   return *kth;

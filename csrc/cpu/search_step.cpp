@@ -41,6 +41,7 @@ void search_step(const Search& search, const Tensors& grads, const std::optional
   const bool skip = is_set(found_inf);
   STD_TORCH_CHECK(control[0] >= 0 && control[0] < settings.total_steps, "control[0] must be in [0, ",
                   settings.total_steps, ") before a step, got ", control[0]);
+  require_rates(settings, control[0] + 1);
   update_scores(segments, updates, skip, control, workspace);
   swap(segments, settings, control, workspace, stats);
 }

@@ -110,7 +110,9 @@ int64_t count_kept(const Segments& segments, int64_t segment) {
   int64_t kept = 0;
   for (int64_t layer = segments.first[segment]; layer < segments.end(segment); ++layer) {
     const Layer& part = segments.layers[layer];
-    for (int64_t word = 0; word < (part.numel + 31) / 32; ++word) kept += __builtin_popcount(part.mask[word]);
+    for (int64_t word = 0; word < part.numel / 32; ++word) kept += __builtin_popcount(part.mask[word]);
+    const uint32_t rest = part.numel % 32;  // bits after the last weight mean nothing
+    if (rest) kept += __builtin_popcount(part.mask[part.numel / 32] & ((1u << rest) - 1));
   }
   return kept;
 }
@@ -282,6 +284,12 @@ SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, 
           seed};
 }
 
+void require_rates(const SwapSettings& settings, int64_t step) {
+  for (const double* rate = settings.schedule + 2 * (step - 1); rate < settings.schedule + 2 * step; ++rate) {
+    STD_TORCH_CHECK(*rate >= 0 && *rate <= 1, "schedule must hold rates and ramps in [0, 1], got ", *rate);
+  }
+}
+
 void swap(const Segments& segments, const SwapSettings& settings, const int64_t* control,
           const std::optional<Workspace>& workspace, int64_t* stats) {
   std::fill_n(stats, 5 * segments.size(), 0);
@@ -289,6 +297,7 @@ void swap(const Segments& segments, const SwapSettings& settings, const int64_t*
   const int64_t step = control[0];
   STD_TORCH_CHECK(step >= 1 && step <= settings.total_steps, "control[0] must be in [1, ",
                   settings.total_steps, "], the steps of schedule, got ", step);
+  require_rates(settings, step);
   const Request request(settings, step), next(settings, std::min(step + 1, settings.total_steps));
   const auto finish = [&](int64_t s, const Exchange& exchange) {
     const float threshold = value_at(segments, s, position_of(exchange.threshold));

@@ -27,6 +27,9 @@ SwapSettings make_swap_settings(const Segments& segments, const Tensors& masks, 
                                 const Tensors& effective, const Tensor& num_kept, const Tensor& schedule,
                                 const std::string& pairs, int64_t seed);
 
+// Rate and ramp of a step, 1 the first, must be in [0, 1]; a NaN is not.
+void require_rates(const SwapSettings& settings, int64_t step);
+
 // What a swap tells: n, entered, left, bits of the threshold, 1 if the scores were scanned again.  // [S, 5]
 inline int64_t* stats_of(const Tensor& stats, const Segments& segments) {
   require_cpu(stats, torch::headeronly::ScalarType::Long, "stats");

@@ -88,10 +88,10 @@ def resolve(option: str, name: str, known: Mapping[str, str]) -> Any:
         function = import_module(module_name)
         for part in attribute.split("."):
             function = getattr(function, part)
-    except ImportError as error:
-        fail(f"{option} must name a module that can be imported, got {name!r} ({_told(error)})")
     except AttributeError:
         fail(f"{option} must name a callable of module {module_name!r}, got {name!r}")
+    except Exception as error:
+        fail(f"{option} must name a module that can be imported, got {name!r} ({_told(error)})")
     if not callable(function):
         fail(f"{option} must name a callable, got {name!r}, a {type(function).__name__}")
     try:
@@ -169,13 +169,3 @@ def choose_device(name: str, *, search: bool = False) -> "torch.device":
     if device.type != "cpu" and without_kernels:
         fail(f"device must be cpu where the extension was built without CUDA kernels, got {name!r}")
     return device
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Replace ``path`` as a whole, or leave it as it was."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

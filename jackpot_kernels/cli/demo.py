@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jackpot_kernels.cli.common import one_sentence, print_table, stderr, write_beside, writing
+from jackpot_kernels.cli.common import one_sentence, print_table, stderr, writing
+from jackpot_kernels.files import write_whole
 
 if TYPE_CHECKING:
     from jackpot_kernels.cli.comparison import Comparison, Run
@@ -79,7 +80,7 @@ def _run(comparison: "Comparison", output: Path) -> "list[Run]":
     for run, network in comparison.run():
         runs.append(run)
         if (run.method, run.seed) == (DENSE, 0):
-            write_beside(output / "dense.safetensors", save(network.state_dict()))
+            write_whole(output / "dense.safetensors", save(network.state_dict()))
         if (run.method, run.sparsity, run.seed) == (OURS, SPARSITIES[0], 0):
             save_jackpot(network, output / "jackpot.safetensors", source="jackpot demo")
     return runs
@@ -92,7 +93,7 @@ def _finish(comparison: "Comparison", runs: "list[Run]", seconds: float, output:
         "seeds": comparison.seeds,
     }
     results = {"settings": settings, "seconds": seconds, "runs": [run._asdict() for run in runs]}
-    write_beside(output / "results.json", json.dumps(results, indent=1).encode())
+    write_whole(output / "results.json", json.dumps(results, indent=1).encode())
     header, rows = _table(runs)
     title = f"Test accuracy in % at the last epoch, mean ± deviation, seeds: {comparison.seeds}"
     print_table(header, rows, title=title)

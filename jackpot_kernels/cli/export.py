@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jackpot_kernels.cli.common import build_model, fail, one_sentence, write_beside, writing
+from jackpot_kernels.cli.common import build_model, fail, one_sentence, writing
+from jackpot_kernels.files import write_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ def export(
             # Copies, because safetensors refuses tensors that share memory.
             state = {key: tensor.contiguous().clone() for key, tensor in plain.state_dict().items()}
             with writing("dense", dense):
-                write_beside(dense, save(state))
+                write_whole(dense, save(state))
             typer.echo(dense)
 
 

@@ -13,9 +13,9 @@ from jackpot_kernels.cli.common import (
     choose_device,
     one_sentence,
     print_table,
-    write_beside,
 )
 from jackpot_kernels.cli.resumable import Names, run_in_folder
+from jackpot_kernels.files import write_whole
 
 if TYPE_CHECKING:
     from jackpot_kernels.search.folder import RunFolder
@@ -69,7 +69,7 @@ def _finish(training: "Training", folder: "RunFolder", names: Names) -> None:
     last = records[-2]
     weights = folder.path / "dense.safetensors"
     with one_sentence():
-        write_beside(weights, _checkpoint(training, names, last["test_accuracy"]))
+        write_whole(weights, _checkpoint(training, names, last["test_accuracy"]))
         from jackpot_kernels.report import write_training_report
 
         report = write_training_report(records, folder.path, facts={**names, "device": str(training.device)})

@@ -47,7 +47,11 @@ def run_in_folder(
         settings, names = _resumed(context, folder.kind, kind, state) if state else _new(context, kind)
         loop = build(settings, names)
         if state:
-            loop.load_state_dict(state)
+            try:
+                loop.load_state_dict(state)
+            except (AttributeError, LookupError, TypeError) as error:
+                found = f"{type(error).__name__}: {error}"
+                raise ValueError(f"checkpoint must be whole, got {folder.checkpoint} ({found})") from None
             folder.rewind(state)
         else:
             folder.create()
@@ -78,6 +82,9 @@ def _resumed(
     context: typer.Context, what: str, kind: Callable[..., Settings], state: dict[str, Any]
 ) -> tuple[Settings, Names]:
     """Return settings and names as the checkpoint has them, and refuse others on the command line."""
+    for part in ("settings", "names"):
+        if not isinstance(state.get(part), dict):
+            raise ValueError(f"checkpoint of the {what} must hold {part}, got {state.get(part)!r}")
     for option, value in {**state["settings"], **state["names"]}.items():
         source = context.get_parameter_source(option)
         given = context.params[option]

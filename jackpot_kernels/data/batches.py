@@ -118,6 +118,16 @@ class Batches:
         """Yield every sample once, in the order of the data set."""
         return self._batches(torch.arange(self._count), self._seed, start=0)
 
+    def sampled(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``count`` batches, the same every time, or every sample in order where that is no more.
+
+        They come from all over the data set, which may be stored class by class.
+        """
+        if self._count <= count * self.batch_size:
+            return self.ordered()
+        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(self._seed))
+        return self._batches(order[: count * self.batch_size], self._seed, start=0)
+
     def _batches(self, order: Tensor, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(self._data, TensorDataset):
             yield from self._loaded(order, seed, start)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.search_step import SearchStep
 from jackpot_kernels.ops.threshold import threshold
 
@@ -29,8 +30,10 @@ def step_unless_tied(step: SearchStep, grads: Sequence[Tensor], found_inf: Tenso
     step.stats[tied, 1:3] = 0
     for i, (mask, old) in enumerate(zip(step.masks, before, strict=True)):
         if tied[0 if step.joint else i]:
-            # A second write to the mask, after which the layer builds its effective weight anew.
             mask.copy_(old)
+            effective = step.effective[i]
+            if effective.numel():
+                effective.copy_(effective_weight(step.weights[i], mask, effective.dtype))
 
 
 def _tied(scores: Sequence[Tensor], num_kept: Tensor, joint: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """Where a search or a training keeps log and checkpoint, so that nothing is lost when it stops."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from jackpot_kernels.files import write_whole
 from jackpot_kernels.search.epochs import EpochLoop, Record
 
 
@@ -62,15 +64,10 @@ class RunFolder:
         Raises:
             OSError: when it cannot be written; the old one is then as it was.
         """
-        beside = self.checkpoint.with_suffix(".new")
-        try:
-            with beside.open("wb") as file:
-                torch.save({**state, "kind": self.kind, "log_bytes": self.log.stat().st_size}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.checkpoint)
-        finally:
-            beside.unlink(missing_ok=True)
+        # In memory first: torch.save tells of a full disk by a RuntimeError of its own.
+        content = io.BytesIO()
+        torch.save({**state, "kind": self.kind, "log_bytes": self.log.stat().st_size}, content)
+        write_whole(self.checkpoint, content.getbuffer())
 
     def load(self) -> dict[str, Any]:
         """Return the checkpoint's state; nothing is unpickled but tensors, numbers and names.

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -155,7 +154,7 @@ class Search(EpochLoop[SearchSettings]):
 
     def _test_scores(self) -> Record:
         if self.settings.normalization == "recalibrate":
-            recalibrate(self.model, islice(self.train.ordered(), _CALIBRATION_BATCHES))
+            recalibrate(self.model, self.train.sampled(_CALIBRATION_BATCHES))
         return super()._test_scores()
 
     def _searched(self) -> dict[str, MaskedLayer]:
@@ -181,7 +180,7 @@ def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches)
         criterion=settings.criterion,
         budget=settings.budget,
         loss_fn=F.cross_entropy,
-        batches=islice(train.ordered(), _CALIBRATION_BATCHES),
+        batches=train.sampled(_CALIBRATION_BATCHES),
         generator=generator,
         **common,
     )

@@ -527,6 +527,9 @@ def _name_groups(groups: list[dict[str, Any]], layers: Mapping[str, MaskedLayer]
     return names
 
 
+_MOST = torch.finfo(torch.float32).max
+
+
 def _require_hyper(group: Mapping[str, Any]) -> None:
     for key in ("lr", "momentum", "weight_decay", "step_scale"):
         value: Any = group[key]
@@ -534,8 +537,8 @@ def _require_hyper(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{key} must be a number, got {type(value).__name__}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{key} must have one element, got {value.numel()}")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"{key} must be finite and at least 0, got {float(value)}")
+        if not 0 <= float(value) <= _MOST:
+            raise ValueError(f"{key} must be finite in float32 and at least 0, got {float(value)}")
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("momentum must be above 0 for nesterov, got 0")
 

@@ -1,6 +1,5 @@
 """What a search and a training do, apart from model, data and device."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,12 +123,19 @@ class TrainingSettings:
         require_choice("schedule", self.schedule, LR_SCHEDULES)
 
 
+_LARGEST = float.fromhex("0x1.fffffep127")  # in float32, in which a step computes
+
+
 def _require_common(settings: Any) -> None:
     """Check what searches and trainings have in common."""
     least = {"epochs": 1, "batch_size": 1, "log_every": 1, "workers": 0, "seed": 0, "evaluate_every": 1}
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(settings, name)}")
+    if settings.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {settings.seed}")
     for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= getattr(settings, name) < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {getattr(settings, name)}")
+        if not 0 <= getattr(settings, name) <= _LARGEST:
+            raise ValueError(
+                f"{name} must be finite in float32 and not negative, got {getattr(settings, name)}"
+            )
