@@ -91,10 +91,15 @@ def test_strides_do_not_matter(inputs):
     assert grads[id(scores)].is_contiguous()
 
 
-def test_descriptors_are_only_made_of_whole_rows(monkeypatch):
+@pytest.fixture
+def descriptors_first(monkeypatch):
+    """Let configurations with descriptors be chosen, where they may."""
     for lists in ("MATMUL_CONFIGS", "GRADS_CONFIGS"):
         configs = sorted(getattr(kernels, lists)["many tokens"], key=lambda c: -c.values["DESCRIPTORS"])
         monkeypatch.setitem(getattr(kernels, lists), "many tokens", configs)
+
+
+def test_descriptors_are_only_made_of_whole_rows(descriptors_first):
     dtype = torch.bfloat16
     _, _, scores, mask, bias = problem((80,), 16, 32, dtype)
     x, weight = (torch.randn(32, size).to(dtype).t().requires_grad_() for size in (80, 16))
@@ -102,11 +107,8 @@ def test_descriptors_are_only_made_of_whole_rows(monkeypatch):
     assert_right(y, x, weight, scores, mask, bias, dtype)
 
 
-def test_descriptors_are_only_made_of_aligned_rows(monkeypatch):
+def test_descriptors_are_only_made_of_aligned_rows(descriptors_first):
     """The gradient of one output is a column, which counts as a row of one, too."""
-    for lists in ("MATMUL_CONFIGS", "GRADS_CONFIGS"):
-        configs = sorted(getattr(kernels, lists)["many tokens"], key=lambda c: -c.values["DESCRIPTORS"])
-        monkeypatch.setitem(getattr(kernels, lists), "many tokens", configs)
     dtype = torch.bfloat16
     x, weight, scores, mask, bias = problem((100,), 1, 64, dtype)
     y = masked_linear(x, weight, scores, mask, bias, backend="fused")
