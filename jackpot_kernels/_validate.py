@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
 
 def require_choice(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jackpot_kernels._validate import num_words
 from jackpot_kernels.convert import MaskedLayer, Sparsity, masked_layers, num_plain_weights, sparsity
-from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
+from jackpot_kernels.ops.pack_mask import has_bits_after, pack_mask, unpack_mask
 
 _VERSION = 1
 _METADATA, _MASK, _VALUES = "jackpot", "#mask", "#values"
@@ -271,9 +271,9 @@ def _unpack(key: str, words: Tensor, values: Tensor, layer: Any, target: Tensor)
     if values.dtype != target.dtype or values.dim() != 1:
         got = f"{_name(values.dtype)} {list(values.shape)}"
         raise JackpotFileError(f"values of {key!r} must be {_name(target.dtype)} in one dimension, got {got}")
-    mask = unpack_mask(words, shape)
-    if not torch.equal(pack_mask(mask), words):
+    if has_bits_after(words, numel):
         raise JackpotFileError(f"mask of {key!r} must have no bits after weight {numel}, got some")
+    mask = unpack_mask(words, shape)
     if int(mask.sum()) != num_values:
         raise JackpotFileError(
             f"mask of {key!r} must keep {num_values} weights as the header says, got {int(mask.sum())}"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import num_words, require_dtype, require_shape
+from jackpot_kernels._validate import require_dtype, require_shape
 from jackpot_kernels.functional import (
     compute_dtype,
     convolution,
@@ -19,7 +19,7 @@ from jackpot_kernels.ops import masked_conv, masked_linear
 from jackpot_kernels.ops.dispatch import choose_backend
 from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.masked import differentiable
-from jackpot_kernels.ops.pack_mask import pack_mask, unpack_mask
+from jackpot_kernels.ops.pack_mask import has_bits_after, pack_mask, unpack_mask
 
 Layer = TypeVar("Layer", bound="MaskedLayer")
 # Where a module keeps its parameters or buffers. As attributes they are found by a search in Python, which a
@@ -191,7 +191,8 @@ class MaskedLayer(nn.Module):
         weight = parameters["weight"]
         backend = choose_backend(self._operation, self.backend, self._kernels, x, weight, groups)
         if weight.requires_grad or backend == "reference":
-            if self._effective is not None and weight.requires_grad and not torch.compiler.is_compiling():
+            keeps = self._effective is not None or self._cast is not None
+            if keeps and weight.requires_grad and not torch.compiler.is_compiling():
                 self._effective = self._cast = None
             return backend, None
         if backend != "fused":
@@ -255,7 +256,7 @@ class MaskedLayer(nn.Module):
                 f"{prefix}mask_words must be int32, got {str(words.dtype).removeprefix('torch.')}"
             )
             state_dict[prefix + "mask_words"] = self.mask_words
-        elif isinstance(words, Tensor) and _has_bits_after(words, self.weight.numel()):
+        elif isinstance(words, Tensor) and has_bits_after(words, self.weight.numel()):
             args[-1].append(f"{prefix}mask_words must have no bits after the last weight, got some")
             state_dict[prefix + "mask_words"] = self.mask_words
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -355,14 +356,6 @@ def _state(weight: Tensor, words: Tensor, made: Tensor) -> tuple[int, ...]:
     """Return what changes when weight or mask are given other memory, or written to without ``made``."""
     ahead = _version(words) - made._version
     return weight.data_ptr(), _version(weight), words.data_ptr(), ahead
-
-
-def _has_bits_after(words: Tensor, numel: int) -> bool:
-    """Tell whether the last of the words that hold ``numel`` bits has others; waits for the device."""
-    rest = numel % 32
-    if not rest or words.is_meta or words.numel() != num_words(numel):
-        return False
-    return int(words[-1]) >> rest != 0
 
 
 def _version(tensor: Tensor) -> int:

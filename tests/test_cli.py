@@ -234,7 +234,7 @@ def test_full_disk_leaves_the_last_checkpoint(monkeypatch, tmp_path):
     result = search(tmp_path / "out", *PLAIN, *TINY, expect=2)
     assert "No space left on device" in result.stderr.splitlines()[-1]
     assert SearchFolder(tmp_path / "out").load()["position"] == (0, 0)
-    assert not (tmp_path / "out/checkpoint.new").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl"]
 
 
 FULL_DISK = """

@@ -545,10 +545,13 @@ def test_a_weight_that_was_trained_leaves_no_effective_weight_behind():
     layer.weight.requires_grad_(False)
     x = torch.randn(4, 9)
     layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer._cast_weight()
     layer.weight.requires_grad_(True)
     layer(x).square().sum().backward()
     torch.optim.SGD([layer.weight], 0.1).step()
     layer.weight.requires_grad_(False)
+    assert layer._cast is None
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, torch.nn.functional.linear(x, layer.weight, layer.bias))

@@ -384,7 +384,7 @@ def test_reduced_scale_covers_what_it_must():
         "resnet20-cifar10",
         "vgg19-narrow-cifar10",
     }
-    # Two hours on two cores, where these 5.7 million took 95 minutes.
+    # Two hours on two cores; the runs of these 5.7 million took 190 minutes in sum, two at a time.
     assert sum(map(execute.num_images, runs_of(must, REDUCED, 3))) < 6_500_000
 
 

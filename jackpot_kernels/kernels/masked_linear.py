@@ -233,7 +233,7 @@ def _grads_config(
 MATMUL_CONFIGS = {
     "tokens <= 16": [
         *(_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)),
-        # Fewer rows are a program for each multiprocessor of 4096 of them, and no second launch adds parts.
+        # 4096 rows by 32 are 128 programs, about one a multiprocessor, and no second launch adds parts.
         _matmul_config(32, 16, 256, 4, 4),
         _matmul_config(32, 16, 128, 4, 5),
     ],

@@ -53,7 +53,8 @@ RULES: dict[str, dict[str, tuple[Rule, ...]]] = {
             ),
         ),
         # The first layer of VGG-19 on 256 images of 32 x 32, forward and backward: mixed 274 us, dense 295,
-        # eager 301. Dense is as fast or faster with 7 x 7 windows, with 32 outputs, and from 32 inputs on.
+        # eager 301. Dense is as fast or faster with 7 x 7 windows and from 32 inputs on; with 32 outputs
+        # mixed took 1.07 and 0.97 times as long.
         "masked_conv": (
             Rule(
                 "mixed",

@@ -50,6 +50,14 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.jackpot.unpack_mask(words, shape)
 
 
+def has_bits_after(words: Tensor, numel: int) -> bool:
+    """Tell whether words of the right length for ``numel`` bits hold others; waits for the device."""
+    rest = numel % 32
+    if not rest or words.is_meta or words.numel() != num_words(numel):
+        return False
+    return int(words.flatten()[-1]) >> rest != 0
+
+
 @torch.library.register_fake("jackpot::pack_mask")
 def _(mask: Tensor) -> Tensor:
     return mask.new_empty(num_words(mask.numel()), dtype=torch.int32)

@@ -68,8 +68,9 @@ def swap_(
 
     Raises:
         ValueError: ``pairs`` is not known.
-        RuntimeError: a dtype, layout or length does not fit, or t is not in 1 ... T; CUDA, which does not
-            wait to find out, then swaps nothing.
+        RuntimeError: a dtype, layout or length does not fit, a count or mask keeps nothing, a rate or ramp of
+            t is not in [0, 1], or t is not in 1 ... T. CUDA does not wait to look at values: it swaps nothing
+            where t is not in 1 ... T, and what it does with the others means nothing.
     """
     require_choice("pairs", pairs, PAIRS)
     stats = torch.ops.jackpot.swap_(

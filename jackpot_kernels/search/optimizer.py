@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import require_choice
+from jackpot_kernels._validate import LARGEST_FLOAT32, require_choice
 from jackpot_kernels.budgets import num_pruned, scale_budget
 from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
@@ -527,9 +527,6 @@ def _name_groups(groups: list[dict[str, Any]], layers: Mapping[str, MaskedLayer]
     return names
 
 
-_MOST = torch.finfo(torch.float32).max
-
-
 def _require_hyper(group: Mapping[str, Any]) -> None:
     for key in ("lr", "momentum", "weight_decay", "step_scale"):
         value: Any = group[key]
@@ -537,7 +534,7 @@ def _require_hyper(group: Mapping[str, Any]) -> None:
             raise TypeError(f"{key} must be a number, got {type(value).__name__}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{key} must have one element, got {value.numel()}")
-        if not 0 <= float(value) <= _MOST:
+        if not 0 <= float(value) <= LARGEST_FLOAT32:
             raise ValueError(f"{key} must be finite in float32 and at least 0, got {float(value)}")
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("momentum must be above 0 for nesterov, got 0")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jackpot_kernels._validate import require_choice
+from jackpot_kernels._validate import LARGEST_FLOAT32, require_choice
 from jackpot_kernels.budgets import BUDGETS, num_pruned
 from jackpot_kernels.criteria import CRITERIA
 from jackpot_kernels.ops.swap import PAIRS
@@ -123,9 +123,6 @@ class TrainingSettings:
         require_choice("schedule", self.schedule, LR_SCHEDULES)
 
 
-_LARGEST = float.fromhex("0x1.fffffep127")  # in float32, in which a step computes
-
-
 def _require_common(settings: Any) -> None:
     """Check what searches and trainings have in common."""
     least = {"epochs": 1, "batch_size": 1, "log_every": 1, "workers": 0, "seed": 0, "evaluate_every": 1}
@@ -135,7 +132,7 @@ def _require_common(settings: Any) -> None:
     if settings.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {settings.seed}")
     for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= getattr(settings, name) <= _LARGEST:
+        if not 0 <= getattr(settings, name) <= LARGEST_FLOAT32:
             raise ValueError(
                 f"{name} must be finite in float32 and not negative, got {getattr(settings, name)}"
             )
