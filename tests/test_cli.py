@@ -69,6 +69,19 @@ class Noisy(Dataset):
         return image + 0.1 * torch.randn_like(image), label
 
 
+def mislabelled_data():
+    return Mislabelled(small_data()[0]), small_data()[1]
+
+
+def mislabelled_test():
+    return mislabelled_data()[::-1]
+
+
+class Mislabelled(Noisy):
+    def __getitem__(self, index):
+        return self.data[index][0], 10 if index == 100 else 0
+
+
 def not_a_net():
     return "a net"
 
@@ -281,6 +294,14 @@ def test_finished_search_resumes_to_the_same_end(finished, tmp_path):
     assert (log(finished), (finished / "jackpot.safetensors").read_bytes()) == before
 
 
+def test_evaluate_names_a_wrong_label(finished):
+    file, data = finished / "jackpot.safetensors", "test_cli:mislabelled_test"
+    result = invoke("evaluate", file, *PLAIN, "--data", data, "--batch-size", "16", "--device", "cpu")
+    assert result.exit_code == 2 and result.stderr.startswith(
+        "jackpot: labels must be in [0, 10) for a model"
+    )
+
+
 def test_evaluate_prints_what_the_search_found(finished):
     file = finished / "jackpot.safetensors"
     result = invoke("evaluate", file, *PLAIN, "--device", "cpu")
@@ -437,6 +458,22 @@ def test_output_must_be_writable(tmp_path):
     (tmp_path / "file").write_text("")
     result = search(tmp_path / "file/out", *PLAIN, *TINY, expect=2)
     assert f"output must be a folder that can be written to, got {tmp_path}/file/out" in result.stderr
+
+
+def test_a_log_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "log.jsonl").write_text("mine\n")
+    result = search(tmp_path, *PLAIN, *TINY, expect=2)
+    assert f"without a log of something else, got {tmp_path}/log.jsonl" in result.stderr
+    assert (tmp_path / "log.jsonl").read_text() == "mine\n" and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_label_met_on_the_way_is_one_sentence(workers, tmp_path):
+    options = ["--data", "test_cli:mislabelled_data", "--workers", workers]
+    result = search(tmp_path, *PLAIN, *TINY, *options, expect=2)
+    sentence = "search stopped by: labels must be in [0, 10) for a model with 10 outputs, got 10; go on from"
+    assert f"jackpot: {sentence} its last checkpoint with: jackpot search" in result.stderr
+    assert SearchFolder(tmp_path).load()["position"] == (0, 0)
 
 
 def test_finished_search_is_not_overwritten(finished):

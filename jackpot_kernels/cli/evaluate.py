@@ -17,7 +17,7 @@ def evaluate(
 ) -> None:
     """Load a jackpot file into a fresh network; print accuracy, sparsity and size."""
     with one_sentence():
-        from jackpot_kernels.data import Batches
+        from jackpot_kernels.data import Batches, DataError
         from jackpot_kernels.files import load_jackpot
         from jackpot_kernels.search import evaluation
 
@@ -29,7 +29,10 @@ def evaluate(
         network = network.to(place)
         test = Batches(build_data(data)[1], batch_size, place)
         evaluation.require_fit(network, test)
-    score = evaluation.evaluate(network, test)
+    try:
+        score = evaluation.evaluate(network, test)
+    except DataError as error:
+        fail(str(error))
     size = file.stat().st_size
     dense = sum(tensor.nbytes for tensor in network.state_dict().values())
     rows = [

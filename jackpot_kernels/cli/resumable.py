@@ -40,6 +40,7 @@ def run_in_folder(
     Returns:
         The loop at its end, and the names of model and data.
     """
+    from jackpot_kernels.data import DataError
     from jackpot_kernels.search.folder import Stopped, run
 
     with one_sentence():
@@ -64,7 +65,7 @@ def run_in_folder(
     except Stopped as stopped:
         typer.echo(f"{stopped}; go on with: {resume}", err=True)
         raise typer.Exit(130) from None
-    except OSError as error:
+    except (OSError, DataError) as error:
         fail(f"{folder.kind} stopped by: {error}; go on from its last checkpoint with: {resume}")
     return loop, names
 

@@ -12,6 +12,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from jackpot_kernels.data.images import Images
 
 
+class DataError(ValueError):
+    """A sample that cannot be read or does not fit the network, met while batches are made."""
+
+    def __init__(self, sentence: str) -> None:
+        # From a worker process comes its whole traceback, which ends with the sentence.
+        super().__init__(sentence.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
 def as_dataset(value: Any, name: str) -> Dataset:
     """Return ``value`` as a data set of (input, label) pairs.
 
@@ -48,7 +56,13 @@ def as_dataset(value: Any, name: str) -> Dataset:
 
 
 class SelfBatching(Dataset):
-    """A data set that makes its batches itself, instead of one sample at a time."""
+    """A data set that makes its batches itself, instead of one sample at a time.
+
+    Attributes:
+        labels: of all samples, int64 on the host.  # [N]
+    """
+
+    labels: Tensor
 
     def batches(
         self,
@@ -86,6 +100,7 @@ class Batches:
         self.device = device
         self._seed, self._workers = seed, workers
         self._count = len(data)  # type: ignore[arg-type]
+        self._classes: int | None = None
         if isinstance(data, Images):
             data = data.to(device)
         elif isinstance(data, TensorDataset):
@@ -94,8 +109,24 @@ class Batches:
 
     @property
     def labels(self) -> Tensor | None:
-        """All labels, where they are held in tensors."""
-        return self._data.tensors[1] if isinstance(self._data, TensorDataset) else None
+        """All labels, where they are held in a tensor."""
+        if isinstance(self._data, TensorDataset):
+            return self._data.tensors[1]
+        return self._data.labels if isinstance(self._data, SelfBatching) else None
+
+    def require_classes(self, classes: int, labels: Tensor) -> None:
+        """Check once that labels are in [0, ``classes``): all of them, or those of the batch at hand.
+
+        Where a data set gives its labels sample by sample, those of later batches are checked as they come,
+        before they leave the host, where nothing has to wait for the answer.
+
+        Raises:
+            DataError: when they are not, or are not one int64 a sample.
+        """
+        if classes == self._classes:
+            return
+        _require_labels(labels if self.labels is None else self.labels, classes)
+        self._classes = classes
 
     @property
     def shuffled_batches(self) -> int:
@@ -164,6 +195,8 @@ class Batches:
         )
         for inputs, labels in loader:
             layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
+            if self._classes is not None:
+                _require_labels(labels, self._classes)
             inputs = inputs.to(self.device, non_blocking=True, memory_format=layout)
             yield inputs, labels.to(self.device, non_blocking=True)
 
@@ -184,6 +217,15 @@ class _SeededItems(Dataset):
         finally:
             torch.set_rng_state(outer[0])
             random.setstate(outer[1])
+
+
+def _require_labels(labels: Tensor, classes: int) -> None:
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise DataError(f"labels must be one int64 a sample, got {labels.dtype} {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        wanted = f"labels must be in [0, {classes}) for a model with {classes} outputs"
+        raise DataError(f"{wanted}, got {low if low < 0 else high}")
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -10,7 +10,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from jackpot_kernels.data.batches import SelfBatching
+from jackpot_kernels.data.batches import DataError, SelfBatching
 from jackpot_kernels.data.image_files import View
 
 # What torchvision crops at random: a share of the area, the ratio of width to height, and how often it tries.
@@ -54,7 +54,7 @@ class DaliImages(SelfBatching):
     """
 
     def __init__(self, paths: Sequence[str], labels: Tensor, view: View, *, augmented: bool) -> None:
-        self._paths, self._labels, self._view, self._augmented = paths, labels, view, augmented
+        self._paths, self.labels, self._view, self._augmented = paths, labels, view, augmented
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -77,7 +77,7 @@ class DaliImages(SelfBatching):
         """Yield batches as ``SelfBatching`` says; seed and number of a batch decide how it is augmented.
 
         Raises:
-            ValueError: a file is no image.
+            DataError: a file is no image.
         """
         split = order.split(batch_size)[start:]
 
@@ -98,13 +98,13 @@ class DaliImages(SelfBatching):
             except RuntimeError as error:
                 self._require_images(index, error)
                 raise
-            yield batch["inputs"].permute(0, 3, 1, 2), self._labels[index].to(device, non_blocking=True)
+            yield batch["inputs"].permute(0, 3, 1, 2), self.labels[index].to(device, non_blocking=True)
 
     def _require_images(self, index: Tensor, error: RuntimeError) -> None:
         """Name the file among those of a failed batch that is at fault, by decoding each as a whole."""
         if len(index) == 1:
-            raise ValueError(f"images must be whole, got {self._paths[int(index)]}") from error
-        alone = DaliImages(self._paths, self._labels, self._view, augmented=False)
+            raise DataError(f"images must be whole, got {self._paths[int(index)]}") from error
+        alone = DaliImages(self._paths, self.labels, self._view, augmented=False)
         for i in index.tolist():
             alone[i]
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from jackpot_kernels.data.batches import DataError
+
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -66,5 +68,5 @@ class ImageFiles(Dataset):
             with Image.open(path) as image:
                 pixels = image.convert("RGB")
         except (OSError, SyntaxError) as error:  # the latter from a damaged PNG
-            raise ValueError(f"images must be whole, got {path} ({error})") from None
+            raise DataError(f"images must be whole, got {path} ({error})") from None
         return self._transform(pixels), self._labels[index]

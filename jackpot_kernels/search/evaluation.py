@@ -25,7 +25,7 @@ def evaluate(model: nn.Module, batches: Batches, amp: bool = False) -> Score:
     with evaluating(model), torch.autocast(batches.device.type, torch.bfloat16, enabled=amp):
         for inputs, labels in batches.ordered():
             outputs = model(inputs).float()
-            require_classes(outputs, labels)
+            batches.require_classes(outputs.shape[1], labels)
             loss = F.cross_entropy(outputs, labels, reduction="sum")
             right = (outputs.argmax(1) == labels).sum()
             totals += torch.stack([loss.double(), right.double()])
@@ -51,17 +51,7 @@ def require_fit(model: nn.Module, batches: Batches) -> None:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(inputs):
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"model must give logits of shape [{len(inputs)}, classes], got {got}")
-    require_classes(outputs, labels if batches.labels is None else batches.labels)
-
-
-def require_classes(outputs: Tensor, labels: Tensor) -> None:
-    """Check that there is an output for each label."""
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be one int64 a sample, got {labels.dtype} {list(labels.shape)}")
-    low, high, classes = int(labels.min()), int(labels.max()), outputs.shape[1]
-    if low < 0 or high >= classes:
-        wanted = f"labels must be in [0, {classes}) for a model with {classes} outputs"
-        raise ValueError(f"{wanted}, got {low if low < 0 else high}")
+    batches.require_classes(outputs.shape[1], labels)
 
 
 @contextmanager

@@ -36,11 +36,13 @@ class RunFolder:
         """Make the folder, for a new run.
 
         Raises:
-            FileExistsError: when it already holds a checkpoint.
+            FileExistsError: when it already holds a checkpoint, or a log without one.
             OSError: when it cannot be written to.
         """
         if self.checkpoint.exists():
             raise FileExistsError(f"output must be a folder without a checkpoint, got {self.path} with one")
+        if self.log.exists() and self.log.stat().st_size > 0:
+            raise FileExistsError(f"output must be a folder without a log of something else, got {self.log}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
