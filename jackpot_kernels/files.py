@@ -97,7 +97,8 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
 
     Its outputs are then those of the saved network, bit for bit. The whole file is checked first, so a
     refused one leaves the model as it was. Nothing is unpickled. Dtype, device and memory format are those of
-    ``model``.
+    ``model``. Modules that share a parameter part where the file holds several for it, as they did when the
+    network was converted.
 
     Returns:
         Sparsity and source as the file records them.
@@ -119,7 +120,9 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     tensors, header = _read(path, sum(tensor.nbytes for tensor in state.values()))
     info = _info(header)
     decoded = _decode(tensors, header, state)
-    _require_same_where_shared(decoded, state)
+    for owner, name in _parted(model, decoded, state):
+        shared = owner.get_parameter(name)
+        owner.register_parameter(name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
     model.load_state_dict(decoded)
     return info
 
@@ -303,15 +306,36 @@ def _some(names: Sequence[str]) -> str:
     return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
 
 
-def _require_same_where_shared(decoded: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Refuse two contents for one tensor, as a file of an untied model holds them."""
-    first: dict[Hashable, str] = {}
+def _parted(
+    model: nn.Module, decoded: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> list[tuple[nn.Module, str]]:
+    """Return the parameters that can no longer be one with another module's; refuse what cannot part."""
+    parted: list[tuple[nn.Module, str]] = []
+    of_tensor: dict[Hashable, str] = {}
+    of_module: dict[Hashable, str] = {}
     for key, tensor in state.items():
-        other = first.setdefault(_identity(key, tensor), key)
-        if not torch.equal(_bytes(decoded[key]), _bytes(decoded[other])):
+        owner, name = _owner(model, key)
+        other = of_tensor.setdefault(_identity(key, tensor), key)
+        same = of_module.setdefault((id(owner), name), key)
+        apart = not torch.equal(_bytes(decoded[key]), _bytes(decoded[other]))
+        if apart and name in owner._parameters:
+            parted.append((owner, name))
+        elif apart:
+            same = other
+        if not torch.equal(_bytes(decoded[key]), _bytes(decoded[same])):
             raise JackpotFileError(
-                f"{other!r} and {key!r} must be equal, being one tensor in the model, got two in the file"
+                f"{same!r} and {key!r} must be equal, being one tensor in the model, got two in the file"
             )
+    return parted
+
+
+def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """Return the module that holds an entry of the state dict, and its name there."""
+    path, _, name = key.rpartition(".")
+    try:
+        return model.get_submodule(path), name
+    except AttributeError:  # a hook made the entry
+        return model, key
 
 
 def _bytes(tensor: Tensor) -> Tensor:

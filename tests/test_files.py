@@ -233,14 +233,38 @@ def test_views_of_one_storage_are_stored_each(path):
     assert torch.equal(fresh.weight, block[:4]) and torch.equal(fresh.bias, block[0])
 
 
-def test_two_contents_for_one_tensor_are_refused(path):
+def test_modules_part_where_one_of_them_was_pruned(path):
     model = convert(tied(0))
     initialize(model, 0.9, keep_last_dense=False)
     save_jackpot(model, path)
-    untied = nn.Sequential(nn.Embedding(50, 20), nn.Linear(20, 50, bias=False))
-    load_jackpot(path, untied)
-    assert bits(untied) == bits(finalize(model))
-    assert_refused(path, tied(1), "^'0.weight' and '1.weight' must be equal, being one tensor in the model")
+    fresh = tied(1).requires_grad_(False)
+    optimized = dict(fresh.named_parameters())
+    for other in (nn.Sequential(nn.Embedding(50, 20), nn.Linear(20, 50, bias=False)), fresh):
+        load_jackpot(path, other)
+        assert bits(other) == bits(finalize(copy.deepcopy(model)))
+    assert fresh[0].weight is optimized["0.weight"] and not fresh[1].weight.requires_grad
+
+
+def test_two_contents_for_one_tensor_are_refused(path):
+    class Doubled(nn.Module):
+        def __init__(self, apart):
+            super().__init__()
+            self.a = nn.BatchNorm1d(4)
+            self.b = nn.BatchNorm1d(4) if apart else self.a
+
+    save_jackpot(Doubled(apart=True), path)
+    shared = Doubled(apart=False)
+    load_jackpot(path, shared)
+    apart = Doubled(apart=True)
+    apart.b.weight.data += 1
+    save_jackpot(apart, path)
+    assert_refused(path, shared, "^'a.weight' and 'b.weight' must be equal, being one tensor in the model")
+    buffers = Doubled(apart=True)
+    buffers.b.running_mean = buffers.a.running_mean
+    apart.b.weight.data -= 1
+    apart.b.running_mean += 1
+    save_jackpot(apart, path)
+    assert_refused(path, buffers, "^'a.running_mean' and 'b.running_mean' must be equal, being one tensor")
 
 
 def test_empty_tensors_and_frozen_parameters(path):
