@@ -66,6 +66,18 @@ def test_reference_and_workspace_give_the_same_bits() -> None:
     assert all(map(torch.equal, case.tensors(), with_workspace.tensors()))
 
 
+def test_bits_do_not_depend_on_what_torch_flushes() -> None:
+    case, wanted = Case(2), Case(2)
+    wanted.run()
+    torch.set_flush_denormal(True)
+    try:
+        case.run()
+    finally:
+        torch.set_flush_denormal(False)
+    bits = [[t.view(torch.int32) for t in c.scores + c.momenta] for c in (case, wanted)]
+    assert all(map(torch.equal, *bits))
+
+
 def test_agrees_with_torch_sgd() -> None:
     scores, grad = torch.randn(1000), torch.randn(1000)
     parameter = torch.nn.Parameter(scores.clone())

@@ -67,6 +67,19 @@ def test_many_ties_below_a_few_that_a_sample_misses(n: int) -> None:
         check([values.astype(np.float32)], [int(rng.choice([1, 2, 3, 4, 100]))], joint=False)
 
 
+def test_subnormal_numbers_count_where_torch_flushes_them() -> None:
+    """Equal as numbers, different by their bits: no k-th was found, and memory of nobody was read."""
+    bits = np.random.default_rng(0).integers(0, 2**20, 20_000).astype(np.int32)
+    values, kept = torch.from_numpy(bits).view(torch.float32), torch.tensor([100])
+    wanted = oracle.threshold(values.numpy(), 100)[1]
+    torch.set_flush_denormal(True)
+    try:
+        index = threshold([values], kept)[1]
+    finally:
+        torch.set_flush_denormal(False)
+    assert int(index) == wanted
+
+
 def test_reference_agrees() -> None:
     values = [torch.randint(0, 50, (n,)).float() for n in (1, 77, 5000)]
     kept = torch.tensor([1, 7, 500])

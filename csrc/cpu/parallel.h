@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "floats.h"
+
 namespace jackpot {
 
 // Items of unequal size, one at a time: a thread that got a large one takes fewer.
@@ -14,6 +16,7 @@ void parallel_each(int64_t count, const Body& body) {
   std::atomic<int64_t> next{0};
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const WithSubnormals floats;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
   });
 }

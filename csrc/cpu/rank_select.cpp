@@ -212,6 +212,7 @@ uint64_t select(const Scan& scan, int64_t k) {
 
 void rank_select(const Segments& segments, const std::vector<int64_t>& which, const std::vector<int64_t>& ks,
                  std::vector<uint64_t>& ranks) {
+  const WithSubnormals floats;
   const int64_t count = static_cast<int64_t>(which.size());
   ranks.resize(count);
   int64_t total = 0;

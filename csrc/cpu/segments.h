@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "floats.h"
 #include "tile.h"
 
 namespace jackpot {
@@ -140,8 +141,10 @@ class Tiles {
 // A contiguous run of tiles for each thread.
 template <class Body>
 void parallel_tiles(const Tiles& tiles, const Body& body) {
-  torch::stable::parallel_for(0, tiles.size(), 1,
-                              [&](int64_t begin, int64_t end) { tiles.each(begin, end, body); });
+  torch::stable::parallel_for(0, tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    const WithSubnormals floats;
+    tiles.each(begin, end, body);
+  });
 }
 
 inline Tile make_tile(const Segments& segments, const TileRef& ref) {
