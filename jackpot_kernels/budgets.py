@@ -43,14 +43,24 @@ def kept_masks(importance: Sequence[Tensor], num_kept: Sequence[int], joint: boo
     """
     counts = torch.tensor(num_kept, dtype=torch.int64, device=importance[0].device)
     values, indices = threshold(importance, counts, joint)
+    values = _ordered(values)
     masks, start = [], 0
-    for i, tensor in enumerate(importance):
+    for i, tensor in enumerate(map(_ordered, importance)):
         segment = 0 if joint else i
         position = torch.arange(start, start + tensor.numel(), device=tensor.device).view_as(tensor)
         tie = (tensor == values[segment]) & (position <= indices[segment])
         masks.append((tensor > values[segment]) | tie)
         start += tensor.numel() if joint else 0
     return masks
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Return integers in the order of values that are numbers, the same for -0 and 0.
+
+    Under ``torch.set_flush_denormal`` the CPU takes subnormal values for 0: one as threshold kept them all.
+    """
+    bits = values.view(torch.int32)
+    return torch.where(bits < 0, -(2**31) - bits, bits)
 
 
 def global_(importance: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:

@@ -21,6 +21,18 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_masks_keep_as_many_where_torch_flushes_subnormal_numbers(joint):
+    values = [torch.randint(0, 2**20, (n,), dtype=torch.int32).view(torch.float32) for n in (900, 300)]
+    torch.set_flush_denormal(True)
+    try:
+        masks = budgets.kept_masks(values, [120] if joint else [90, 30], joint)
+    finally:
+        torch.set_flush_denormal(False)
+    kept = [int(mask.sum()) for mask in masks]
+    assert sum(kept) == 120 if joint else kept == [90, 30]
+
+
 def importance(shapes=SHAPES, seed=0, levels=None):
     rng = np.random.default_rng(seed)
     draw = (lambda s: rng.integers(levels, size=s)) if levels else (lambda s: rng.random(s))
