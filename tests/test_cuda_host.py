@@ -103,11 +103,12 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Message], byte
 @pytest.mark.parametrize("shift", [0, 1])
 def test_pack_mask(replay: Callable[[Message], bytes], shift: int) -> None:
     masks = [torch.rand(n) < 0.5 for n in (1, 31, 32, 33, 64, 4097, 30_000)]
+    masks.append(torch.arange(256, dtype=torch.uint8).view(torch.bool))  # any byte but 0 is true
     message = Message()
     for mask in masks:
         message.numbers(0, *Launch().words(), shift)
         message.array(mask)
-    wanted = b"".join(raw(pack_mask(mask)) + raw(mask) for mask in masks)
+    wanted = b"".join(raw(pack_mask(mask)) + raw(mask.view(torch.uint8) != 0) for mask in masks)
     assert replay(message) == wanted
 
 

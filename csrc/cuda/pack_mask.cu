@@ -7,7 +7,8 @@ namespace {
 
 constexpr uint32_t kThreads = 256;
 
-__device__ uint32_t low_bits(uint32_t bytes) {  // of four bytes, each 0 or 1
+__device__ uint32_t bits_of(uint32_t bytes) {  // of four bools, of which any but 0 is true
+  bytes = (bytes | ((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu)) >> 7 & 0x01010101u;
   return (bytes * 0x01020408u) >> 24 & 15u;
 }
 
@@ -20,8 +21,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* mask, uin
     uint32_t bits = 0;
     if (aligned && count == 32) {
       const uint4 a = reinterpret_cast<const uint4*>(from)[0], b = reinterpret_cast<const uint4*>(from)[1];
-      bits = low_bits(a.x) | low_bits(a.y) << 4 | low_bits(a.z) << 8 | low_bits(a.w) << 12 |
-             low_bits(b.x) << 16 | low_bits(b.y) << 20 | low_bits(b.z) << 24 | low_bits(b.w) << 28;
+      bits = bits_of(a.x) | bits_of(a.y) << 4 | bits_of(a.z) << 8 | bits_of(a.w) << 12 | bits_of(b.x) << 16 |
+             bits_of(b.y) << 20 | bits_of(b.z) << 24 | bits_of(b.w) << 28;
     } else {
       for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint32_t>(from[i] != 0) << i;
     }
