@@ -91,6 +91,14 @@ def test_strides_do_not_matter(inputs):
     assert grads[id(scores)].is_contiguous()
 
 
+def test_one_weight_may_have_any_strides():
+    """Torch takes it for contiguous, whatever they are."""
+    x, _, scores, mask, bias = problem((3,), 1, 1)
+    weight = torch.randn(1, 1).as_strided((1, 1), (2, 2)).requires_grad_()
+    y = masked_linear(x, weight, scores, mask, bias, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, torch.float32)
+
+
 @pytest.fixture
 def descriptors_first(monkeypatch):
     """Let configurations with descriptors be chosen, where they may."""

@@ -433,7 +433,7 @@ def _source(matrix: Tensor, tile: list[int], config: Config) -> Tensor | TensorD
 
 def _sizes(num_tokens: int, matrix: Tensor) -> tuple[int, ...]:
     """Return what a choice depends on: the next power of two to the tokens, the matrix's shape and order."""
-    return 1 << max(num_tokens - 1, 0).bit_length(), *matrix.shape, matrix.stride().index(1)
+    return 1 << max(num_tokens - 1, 0).bit_length(), *matrix.shape, int(matrix.stride(0) != 1)
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
