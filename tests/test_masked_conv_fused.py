@@ -443,6 +443,13 @@ def test_offsets_that_32_bits_do_not_hold(weight, image, message):
     assert str(caught.value).startswith(f'{message} for backend="fused", got shape')
 
 
+def test_a_weight_whose_rows_lie_far_apart_is_refused():
+    x, mask, scores = ONES(1, 2, 3, 3), ONES(34, 2, 1, 1).bool(), ONES(34, 2, 1, 1)
+    weight = spread_out(scores.bfloat16(), 2**26 + 16)
+    with pytest.raises(ValueError, match="weight must span fewer than 2"):
+        masked_conv2d(x.bfloat16(), weight, scores, mask, backend="fused")
+
+
 def test_three_dimensions_have_no_kernel():
     tensors = ONES(1, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3), ONES(2, 2, 3, 3, 3).bool()
     for backend in ("fused", "mixed"):

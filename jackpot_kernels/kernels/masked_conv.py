@@ -915,11 +915,12 @@ def _require_short_offsets(weight: Tensor, *images: Tensor) -> None:
         raise ValueError(
             f'weight must have fewer than 2**31 elements for backend="fused", got shape {list(weight.shape)}'
         )
-    for tensor in images:
-        last = sum((n - 1) * stride for n, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-        if last >= 2**31:
+    # Between images, and only there, offsets are of 64 bits.
+    for name, tensor, first in (("weight", weight, 0), *(("an image", image, 1) for image in images)):
+        dims = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
+        if sum((n - 1) * stride for n, stride in dims) >= 2**31:
             raise ValueError(
-                f'an image must span fewer than 2**31 elements for backend="fused", got shape '
+                f'{name} must span fewer than 2**31 elements for backend="fused", got shape '
                 f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
 
