@@ -157,6 +157,21 @@ def test_a_capture_looks_at_changed_masks_beforehand(monkeypatch):
         optimizer.step()
 
 
+def test_captures_no_shapes_that_were_not_warmed_up(monkeypatch):
+    """Such as those of the last batch of an epoch: no other batch would then be replayed."""
+    step, seen = GraphedStep(torch.optim.SGD([torch.zeros(1)]), lambda x: x, warm_up=2), []
+
+    def capture(inputs):
+        step._graph, step._inputs = "a graph", list(inputs)
+
+    monkeypatch.setattr(step, "_capture", capture)
+    monkeypatch.setattr(step, "_eager_step", lambda inputs: seen.append(("eager", len(inputs[0]))))
+    monkeypatch.setattr(step, "_replay", lambda inputs: seen.append(("replay", len(inputs[0]))))
+    for size in (4, 4, 3, 4, 3):
+        step._step_on_device((torch.zeros(size),))
+    assert seen == [("eager", 4), ("eager", 4), ("eager", 3), ("replay", 4), ("eager", 3)]
+
+
 def test_takes_no_inputs():
     model = make_network()
     step = GraphedStep(jk.SRPopup(model, total_steps=2), lambda: loss_fn(model, *batch(0)))

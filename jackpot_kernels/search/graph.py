@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_Layout = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+
 
 class GraphedStep:
     """One training step a call, captured once and then replayed, so that the host no longer slows the device.
@@ -15,10 +17,10 @@ class GraphedStep:
     ...     loss = step(x, y)
 
     Each call takes exactly one step, with the bits that the same step has without a graph. The first
-    ``warm_up`` calls run step by step, as do those on a CPU and those whose inputs have other shapes than the
-    captured ones, such as the last batch of an epoch. Learning rates and other settings of ``SRPopup`` may
-    change from call to call, those of another optimizer where they are tensors on the device; masks or
-    effective weights that others change lead to a new capture.
+    ``warm_up`` calls run step by step, as do those on a CPU, those whose inputs have shapes that did not run
+    before the capture, and those whose shapes are not the captured ones, such as the last batch of an epoch.
+    Learning rates and other settings of ``SRPopup`` may change from call to call, those of another optimizer
+    where they are tensors on the device; masks or effective weights that others change lead to a new capture.
 
     Args:
         optimizer: of the model that ``compute`` runs, ``SRPopup`` or one of torch's whose step waits for
@@ -43,6 +45,9 @@ class GraphedStep:
             raise ValueError(f"warm_up must be at least 1, got {warm_up}")
         self._optimizer, self._compute, self._scaler = optimizer, compute, scaler
         self._left = warm_up
+        # Layouts of inputs that ran without a graph: for others, libraries have chosen no algorithms yet, and
+        # in a capture they cannot time any.
+        self._warm: set[_Layout] = set()
         # One for all steps without a graph: what a stream has freed serves no other.
         self._aside: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -63,11 +68,13 @@ class GraphedStep:
     def _step_on_device(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._graph is not None and not getattr(self._optimizer, "is_captured", True):
             self._graph, self._left = None, 1
-        if self._graph is None and self._left == 0:
+        layout = _layout(inputs)
+        if self._graph is None and self._left == 0 and layout in self._warm:
             self._capture(inputs)
-        if self._graph is not None and _layout(inputs) == _layout(self._inputs):
+        if self._graph is not None and layout == _layout(self._inputs):
             return self._replay(inputs)
         self._left = max(0, self._left - 1)
+        self._warm.add(layout)
         return self._eager_step(inputs)
 
     def _eager_step(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -123,5 +130,5 @@ class GraphedStep:
         return tuple(output.clone() for output in self._outputs)
 
 
-def _layout(inputs: tuple[Tensor, ...] | list[Tensor]) -> list[tuple[object, ...]]:
-    return [(x.shape, x.dtype, x.device) for x in inputs]
+def _layout(inputs: tuple[Tensor, ...] | list[Tensor]) -> _Layout:
+    return tuple((x.shape, x.dtype, x.device) for x in inputs)
