@@ -555,3 +555,16 @@ def test_a_weight_that_was_trained_leaves_no_effective_weight_behind():
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_gradients_of_each_sample_through_vmap(layer):
+    x = torch.randn(3, 4, 5, 5)
+    layer(x)
+
+    def loss(scores, sample):
+        return torch.func.functional_call(layer, {"scores": scores}, (sample,)).square().sum()
+
+    grads = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.scores, x)
+    wanted = [torch.autograd.grad(layer(sample).square().sum(), layer.scores)[0] for sample in x]
+    torch.testing.assert_close(grads, torch.stack(wanted))
+    assert torch.equal(layer(x), layer.to_dense()(x))

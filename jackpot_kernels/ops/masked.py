@@ -92,6 +92,9 @@ class EffectiveWeightFunction(Function):
     All that runs in Python of a frozen dense layer's backward pass is one multiplication.
     """
 
+    # For ``torch.vmap`` over inputs, as gradients of each sample need it.
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, words: Tensor, made: Tensor) -> Tensor:
         # Not the tensor itself, which autograd would then take for a view; memory and version are the same.
