@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from jackpot_kernels.layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
 
@@ -49,9 +50,15 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
         ``model`` itself, or the masked layer when ``model`` is a single layer.
 
     Raises:
-        ValueError: when there is no layer to mask, an entry of ``exclude`` matches none or a masked one, or a
-            weight is empty, not floating-point or computed by a hook. The model is then as it was.
+        ValueError: when there is no layer to mask, an entry of ``exclude`` matches none or a masked one, a
+            weight is empty, not floating-point or computed by a hook, or a lazy module has not run yet. The
+            model is then as it was.
     """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} must have a shape, got a lazy one; run the model once first"
+            )
     places = list(model.named_modules(remove_duplicate=False))
     excluded = _excluded(places, (exclude,) if isinstance(exclude, str) else tuple(exclude))
     plain = [(name, m) for name, m in places if type(m) in _MASKED and id(m) not in excluded]

@@ -195,6 +195,15 @@ def test_an_empty_weight_is_refused():
         convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(0, 3)))
 
 
+def test_a_lazy_module_that_has_not_run_is_refused_and_the_model_stays_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"'1\.weight' must have a shape, got a lazy one"):
+        convert(model)
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+    model(torch.randn(1, 4))
+    assert len(masked_layers(convert(model))) == 2
+
+
 def test_subclasses_stay_plain():
     class Own(nn.Linear):
         def forward(self, x):
