@@ -36,10 +36,11 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
 
     Nothing is pruned yet. All parameters are frozen, those of excluded layers, biases and normalisation too;
     only scores take gradients. Only these exact types are replaced: a subclass may read its weight without
-    calling ``forward``, as the output projection of ``nn.MultiheadAttention`` does. A layer that stands in
-    several places stays one layer. A weight that other modules share (an embedding, say) stays shared and
-    whole there: it is masked in the converted layer only, and ``finalize`` parts them. Layers that are masked
-    already stay as they are. Hooks on a replaced layer are lost.
+    calling ``forward``, as the output projection of ``nn.MultiheadAttention`` does. Exclude others whose
+    weight is read without calling them: no mask applies there. A layer that stands in several places stays
+    one layer. A weight that other modules share (an embedding, say) stays shared and whole there: it is
+    masked in the converted layer only, and ``finalize`` parts them. Layers that are masked already stay as
+    they are. Hooks on a replaced layer are lost.
 
     Args:
         model: any network; its weights keep their bits.

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -209,6 +210,30 @@ def test_layers_that_no_group_names_are_left_alone():
     run(model, optimizer, range(5))
     assert_equal(snapshot(model.conv), before)
     assert not torch.equal(model.block[1].mask, mask)
+
+
+class Reader(nn.Module):
+    """Attention often reads weights as this does."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight))
+
+
+def test_a_layer_that_is_read_and_never_called_is_named_once():
+    model = jk.convert(nn.Sequential(Reader(), nn.Linear(4, 2)))
+    jk.initialize(model, 0.5)
+    optimizer = jk.SRPopup(model, total_steps=2)
+    model(torch.randn(3, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"no gradient has reached '0\.read'; ") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__ and len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
 
 
 def test_the_dense_head_is_not_searched():

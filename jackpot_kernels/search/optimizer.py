@@ -4,6 +4,7 @@ import itertools
 import math
 import operator
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -168,6 +169,8 @@ class SRPopup(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the scores and swap once; a layer whose gradient is None keeps its scores.
 
+        The first step warns of such layers.
+
         Args:
             closure: computes the loss and its gradients anew.
 
@@ -184,6 +187,8 @@ class SRPopup(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._calls:
+            self._warn_of_missing_gradients()
         self._write_hyper()
         step, gradients, found_inf = self._step_over(words), self._gradients(), self._found_inf()
         if self._search["schedule"] == AUTHORS:
@@ -418,6 +423,15 @@ class SRPopup(torch.optim.Optimizer):
                 workspace=self._workspace,
             )
         return step
+
+    def _warn_of_missing_gradients(self) -> None:
+        """Warn of layers whose weight is read, as some attention does, by a module that never calls them."""
+        missing = [name for name, layer in self._layers.items() if layer.scores.grad is None]
+        if missing:
+            named = ", ".join(map(repr, missing))
+            message = f"no gradient has reached {named}; a layer that is read but never called is not masked"
+            # Its caller, past two wrappers of torch's.
+            warnings.warn(message, stacklevel=5)
 
     def _gradients(self) -> list[Tensor]:
         grads = [scores.grad for scores in self._scores]
