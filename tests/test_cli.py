@@ -319,6 +319,14 @@ def test_evaluate_prints_what_the_search_found(finished):
         assert text in result.stdout
 
 
+@pytest.mark.parametrize("text", ["of [lr=0.1]", "[/x]", "\x1b]0;title\x07"])
+def test_tables_show_names_as_they_are(text, tmp_path):
+    jk.save_jackpot(small_net(), tmp_path / "a.safetensors", source=text)
+    result = invoke("evaluate", tmp_path / "a.safetensors", *PLAIN)
+    assert result.exit_code == 0
+    assert text.replace("\x1b", r"\x1b").replace("\x07", r"\x07") in result.stdout
+
+
 def test_export_of_a_search(finished, tmp_path):
     jackpot, dense = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert invoke("export", finished, "--jackpot", jackpot, "--dense", dense).exit_code == 0

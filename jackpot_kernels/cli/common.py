@@ -63,13 +63,21 @@ def stderr() -> Console:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table, its figures to the right; without a header it is a list of names and values."""
+    """Print a table, its figures to the right; without a header it is a list of names and values.
+
+    Paths and what a file says of itself are shown as they are: no markup, and no codes for the terminal.
+    """
+    title = title and _shown(title)
     table = Table(title=title, title_justify="left", title_style="bold", show_header=any(header))
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if name and i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+        table.add_row(*map(_shown, row))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def resolve(option: str, name: str, known: Mapping[str, str]) -> Any:
