@@ -89,7 +89,7 @@ def save_jackpot(model: nn.Module, path: str | os.PathLike[str], *, source: str 
         "sparsity": _sparsity(model, layers)._asdict(),
         "source": source,
     }
-    write_whole(Path(path).resolve(), save(tensors, {_METADATA: json.dumps(header)}))
+    write_whole(Path(path), save(tensors, {_METADATA: json.dumps(header)}))
 
 
 def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
@@ -179,7 +179,8 @@ def _sparsity(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> Spar
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write beside and rename, so that ``path`` holds the old file or the whole new one."""
+    """Write beside and rename, so that ``path`` holds the old file or the whole new one; a link stays one."""
+    path = path.resolve()
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

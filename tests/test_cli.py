@@ -359,6 +359,12 @@ def test_export_of_a_jackpot_file(finished, tmp_path):
     assert dense.read_bytes() == (tmp_path / "c.safetensors").read_bytes()
 
 
+def test_export_writes_through_a_link(finished, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "b.safetensors")
+    assert invoke("export", finished, "--dense", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "b.safetensors")
+
+
 def test_weights_are_loaded(tmp_path):
     torch.manual_seed(1)
     model = DigitsNet(width=4)
