@@ -1,5 +1,6 @@
 import errno
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -336,6 +337,13 @@ def test_export_of_a_search(finished, tmp_path):
     plain.load_state_dict(load_file(dense))
     images = small_data()[1].tensors[0]
     assert torch.equal(loaded(images), plain(images))
+
+
+def test_the_command_to_go_on_with_can_be_pasted(interrupt, tmp_path):
+    interrupt(3)
+    told = search(tmp_path / "of mine", *PLAIN, *TINY, expect=130).stderr.splitlines()[-1]
+    command = shlex.split(told.partition("go on with: ")[2])
+    assert command == ["jackpot", "search", "--output", str(tmp_path / "of mine"), "--resume"]
 
 
 def test_export_of_an_interrupted_search(interrupt, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -98,7 +99,7 @@ def _finish(comparison: "Comparison", runs: "list[Run]", seconds: float, output:
     title = f"Test accuracy in % at the last epoch, mean ± deviation, seeds: {comparison.seeds}"
     print_table(header, rows, title=title)
     report = _report(comparison, runs, seconds, output)
-    jackpot = output / "jackpot.safetensors"
+    jackpot = quote(str(output / "jackpot.safetensors"))
     typer.echo(f"{len(runs)} runs in {seconds:.0f} s; no search trained a weight.")
     typer.echo(f"report: {report}")
     typer.echo(f"next:   jackpot evaluate {jackpot} --model digits --data digits")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,7 +81,8 @@ def _finish(training: "Training", folder: "RunFolder", names: Names) -> None:
         ("report", str(report)),
     ]
     print_table(["", ""], rows)
-    typer.echo(f"next: jackpot search --model {names['model']} --data {names['data']} --weights {weights}")
+    model, data, file = map(quote, (names["model"], names["data"], str(weights)))
+    typer.echo(f"next: jackpot search --model {model} --data {data} --weights {file}")
 
 
 def _checkpoint(training: "Training", names: Names, accuracy: float) -> bytes:

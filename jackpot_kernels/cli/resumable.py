@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from shlex import quote
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,7 +59,7 @@ def run_in_folder(
             folder.create()
             folder.write(loop.begin())
             folder.save({**loop.state_dict(), "names": names})
-    resume = f"jackpot {context.info_name} --output {folder.path} --resume"
+    resume = f"jackpot {context.info_name} --output {quote(str(folder.path))} --resume"
     try:
         with _progress(loop, figure) as watch, _stop_question() as should_stop:
             run(loop, folder, extra={"names": names}, watch=watch, should_stop=should_stop)
