@@ -251,6 +251,17 @@ def test_full_disk_leaves_the_last_checkpoint(monkeypatch, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint.pt", "log.jsonl"]
 
 
+@pytest.mark.parametrize("full", ["search.folder.write_whole", "files.save_jackpot"])
+def test_full_disk_at_the_start_or_the_end_names_the_output(full, monkeypatch, tmp_path):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"jackpot_kernels.{full}", write)
+    told = search(tmp_path / "out", *PLAIN, *TINY, expect=2).stderr.splitlines()[-1]
+    wanted = f"output must be a path that can be written to, got {tmp_path / 'out'}"
+    assert told == f"jackpot: {wanted} (No space left on device)"
+
+
 FULL_DISK = """
 import resource, sys, torch
 from jackpot_kernels.search.folder import SearchFolder

@@ -1,3 +1,4 @@
+import errno
 import json
 from statistics import mean, stdev
 
@@ -71,6 +72,20 @@ def test_files_are_those_of_the_first_seed(demo):
     for name, weight in pruned.named_parameters():
         kept = weight != 0 if name.endswith("weight") and weight.dim() > 1 else slice(None)
         assert torch.equal(weight[kept], dense.get_parameter(name)[kept])
+
+
+@pytest.mark.parametrize("full", ["files.save_jackpot", "report.write_page"])
+def test_a_disk_that_fills_up_is_one_sentence(full, monkeypatch, tmp_path):
+    def write(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"jackpot_kernels.{full}", write)
+    monkeypatch.setattr(comparison, "SPARSITIES", (0.9,))
+    monkeypatch.setattr(comparison, "digits_net", lambda: DigitsNet(width=2))
+    options = ["--epochs", "1", "--dense-epochs", "1", "--seeds", "1", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert f"output must be a path that can be written to, got {tmp_path} (No space" in result.stderr
 
 
 def test_searches_differ_by_their_method_alone(demo, monkeypatch):

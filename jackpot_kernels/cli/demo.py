@@ -37,7 +37,7 @@ def demo(
             output.mkdir(parents=True, exist_ok=True)
             (output / "results.json").touch()
     begun = time.perf_counter()
-    with _progress() as (bar, task), _one_thread():
+    with writing("output", output), _progress() as (bar, task), _one_thread():
         comparison = Comparison(
             data,
             settings,
@@ -47,7 +47,8 @@ def demo(
         )
         bar.update(task, total=comparison.total_epochs)
         runs = _run(comparison, output)
-    _finish(comparison, runs, time.perf_counter() - begun, output)
+    with writing("output", output):
+        _finish(comparison, runs, time.perf_counter() - begun, output)
 
 
 @contextmanager

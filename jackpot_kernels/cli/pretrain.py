@@ -14,6 +14,7 @@ from jackpot_kernels.cli.common import (
     choose_device,
     one_sentence,
     print_table,
+    writing,
 )
 from jackpot_kernels.cli.resumable import Names, run_in_folder
 from jackpot_kernels.files import write_whole
@@ -69,7 +70,7 @@ def _finish(training: "Training", folder: "RunFolder", names: Names) -> None:
     records = folder.records()
     last = records[-2]
     weights = folder.path / "dense.safetensors"
-    with one_sentence():
+    with one_sentence(), writing("output", folder.path):
         write_whole(weights, _checkpoint(training, names, last["test_accuracy"]))
         from jackpot_kernels.report import write_training_report
 

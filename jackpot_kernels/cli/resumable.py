@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jackpot_kernels.cli.common import DATA, MODELS, fail, one_sentence, stderr
+from jackpot_kernels.cli.common import DATA, MODELS, fail, one_sentence, stderr, writing
 
 if TYPE_CHECKING:
     from jackpot_kernels.search.epochs import EpochLoop, Record
@@ -57,8 +57,10 @@ def run_in_folder(
             folder.rewind(state)
         else:
             folder.create()
-            folder.write(loop.begin())
-            folder.save({**loop.state_dict(), "names": names})
+            start = loop.begin()
+            with writing("output", folder.path):
+                folder.write(start)
+                folder.save({**loop.state_dict(), "names": names})
     resume = f"jackpot {context.info_name} --output {quote(str(folder.path))} --resume"
     try:
         with _progress(loop, figure) as watch, _stop_question() as should_stop:

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jackpot_kernels.cli.common import build_data, build_model, choose_device, one_sentence, print_table
+from jackpot_kernels.cli.common import (
+    build_data,
+    build_model,
+    choose_device,
+    one_sentence,
+    print_table,
+    writing,
+)
 from jackpot_kernels.cli.resumable import Names, run_in_folder
 
 if TYPE_CHECKING:
@@ -72,7 +79,7 @@ def _finish(search: "Search", folder: "RunFolder", names: Names) -> None:
     from jackpot_kernels.files import save_jackpot
 
     jackpot = folder.path / "jackpot.safetensors"
-    with one_sentence():
+    with one_sentence(), writing("output", folder.path):
         save_jackpot(search.model, jackpot, source=names["model"])
         from jackpot_kernels.report import write_search_report
 
