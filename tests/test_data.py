@@ -94,6 +94,8 @@ def test_pair_of_tensors_is_a_data_set():
         (iter([]), TypeError, "map-style Dataset or a pair of tensors"),
         ([torch.zeros(2)] * 3, TypeError, "pairs .input tensor, label., got Tensor"),
         ([("image", 3)], TypeError, "got .str, int."),
+        ([(torch.zeros(2), "cat")], TypeError, "labels that are numbers, got .Tensor, str."),
+        ([(torch.zeros(2), None)], TypeError, "labels that are numbers, got .Tensor, NoneType."),
     ],
 )
 def test_unfit_data_is_named(value, error, sentence):
@@ -282,6 +284,12 @@ def test_unfit_images_are_named(change, error, sentence):
 def test_images_that_do_not_fit_the_network_are_named(model, data, sentence):
     with pytest.raises(ValueError, match=sentence):
         require_fit(model(), Batches(data, 4, CPU))
+
+
+def test_samples_of_several_sizes_are_named():
+    data = [(torch.zeros(3, 32, 32 + i), i) for i in range(2)]
+    with pytest.raises(ValueError, match=r"samples must fit in one batch, .* \[3, 32, 33\] at entry 1"):
+        require_fit(resnet20(), Batches(data, 2, CPU))
 
 
 def test_labels_below_zero_are_named():

@@ -3,6 +3,7 @@
 import random
 import signal
 from collections.abc import Iterator
+from numbers import Number
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def as_dataset(value: Any, name: str) -> Dataset:
     sample = value[0]
     if not isinstance(sample, tuple | list) or len(sample) != 2 or not isinstance(sample[0], Tensor):
         raise TypeError(f"{name} must yield pairs (input tensor, label), got {_describe(sample)}")
+    if not isinstance(sample[1], Tensor | Number) and not hasattr(sample[1], "__array__"):
+        raise TypeError(f"{name} must yield labels that are numbers, got {_describe(sample)}")
     return value
 
 

@@ -38,9 +38,12 @@ def require_fit(model: nn.Module, batches: Batches) -> None:
     """Check that the model takes the inputs and has a class for each label, as far as labels are at hand.
 
     Raises:
-        ValueError: when it does not.
+        ValueError: when it does not, or the first samples do not fit in one batch.
     """
-    inputs, labels = next(batches.ordered())
+    try:
+        inputs, labels = next(batches.ordered())
+    except RuntimeError as error:
+        raise ValueError(f"samples must fit in one batch, but fail: {error}") from None
     try:
         with evaluating(model):
             outputs = model(inputs)
