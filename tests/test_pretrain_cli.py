@@ -84,6 +84,11 @@ def test_weights_score_as_the_last_epoch_did(finished):
     assert record["settings"] == log(finished)[0]["settings"]
 
 
+def test_a_training_that_diverges_says_so_at_its_end(tmp_path):
+    told = pretrain(tmp_path / "out", *PLAIN, *TINY, "--lr", "1e30").stdout
+    assert "not finite" in told and (tmp_path / "out" / "dense.safetensors").exists()
+
+
 def test_a_search_starts_from_them(finished, tmp_path):
     weights = ["--weights", finished / "dense.safetensors"]
     assert invoke("search", "--output", tmp_path / "out", *PLAIN, *TINY, *weights).exit_code == 0

@@ -75,9 +75,11 @@ def _finish(training: "Training", folder: "RunFolder", names: Names) -> None:
         from jackpot_kernels.report import write_training_report
 
         report = write_training_report(records, folder.path, facts={**names, "device": str(training.device)})
+    # JSON has no word for NaN and infinities.
+    loss = "not finite" if last["test_loss"] is None else f"{last['test_loss']:.4f}"
     rows = [
         ("accuracy, last epoch", f"{last['test_accuracy']:.2%}"),
-        ("loss, last epoch", f"{last['test_loss']:.4f}"),
+        ("loss, last epoch", loss),
         ("weights", str(weights)),
         ("report", str(report)),
     ]
