@@ -560,7 +560,8 @@ def test_weights_of_another_network_are_refused(tmp_path):
             ["evaluate", "{}/jackpot.safetensors", "--model", "digits", "--data", "digits"],
             "features.0.0.weight",
         ),
-        (["evaluate", "absent", *PLAIN], "file must be a jackpot file, got absent"),
+        (["evaluate", "absent", *PLAIN], "file must be a jackpot file, got absent, which is no file"),
+        (["evaluate", "{}", *PLAIN], "which is no file"),
         (["export", "{}"], "give --jackpot FILE, --dense FILE or both, got neither"),
         (
             ["export", "absent", "--dense", "a"],

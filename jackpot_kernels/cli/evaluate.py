@@ -22,7 +22,7 @@ def evaluate(
         from jackpot_kernels.search import evaluation
 
         if not file.is_file():
-            fail(f"file must be a jackpot file, got {file}, which does not exist")
+            fail(f"file must be a jackpot file, got {file}, which is no file")
         place = choose_device(device)
         network = build_model(model)
         info = load_jackpot(file, network)
