@@ -191,6 +191,14 @@ def test_half_a_line_is_dropped_and_its_run_made_again(copy, made):
     }
 
 
+def test_only_one_of_two_processes_drops_half_a_line(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"key": "ha')
+    first, second = Results(tmp_path), Results(tmp_path)
+    for key, results in (("a", first), ("b", second), ("c", first)):
+        results.add({"key": key, "configuration": {}, "seconds": 1.0})
+    assert [result["key"] for result in Results(tmp_path).values()] == ["a", "b", "c"]
+
+
 def test_lost_checkpoints_are_made_again_without_a_second_line(copy, made):
     run = search()
     path = copy / "results.jsonl"

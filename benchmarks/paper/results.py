@@ -57,9 +57,10 @@ class Results:
         """Append a result; it is on disk when this returns, as a whole line or as one to be dropped."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            if self.dropped:
+            # Unless another process has dropped the half line since, and written whole ones after it.
+            if self.dropped and file.seek(0, os.SEEK_END) == self._whole + self.dropped:
                 file.truncate(self._whole)
-                self.dropped = 0
+            self.dropped = 0
             file.write(json.dumps(_finite(result), allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
