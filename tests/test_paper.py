@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
@@ -197,6 +198,14 @@ def test_only_one_of_two_processes_drops_half_a_line(tmp_path):
     for key, results in (("a", first), ("b", second), ("c", first)):
         results.add({"key": key, "configuration": {}, "seconds": 1.0})
     assert [result["key"] for result in Results(tmp_path).values()] == ["a", "b", "c"]
+
+
+def test_two_processes_may_keep_the_same_checkpoint(tmp_path):
+    run, tensors = runs_of(["table6"], SMOKE, 1)[0].lineage[-1], {"weight": torch.zeros(1000)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Workshop(tmp_path).keep(run, tensors), range(100)))
+    assert torch.equal(Workshop(tmp_path).kept(run)["weight"], tensors["weight"])
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def test_lost_checkpoints_are_made_again_without_a_second_line(copy, made):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,6 +23,7 @@ from benchmarks.paper.scales import Run
 from jackpot_kernels.convert import convert, masked_layers, overlap, sparsity
 from jackpot_kernels.data import DATA, Batches, Images
 from jackpot_kernels.environment import environment
+from jackpot_kernels.files import write_whole
 from jackpot_kernels.models import MODELS
 from jackpot_kernels.normalization import recalibrate
 from jackpot_kernels.ops.pack_mask import unpack_mask
@@ -82,13 +83,8 @@ class Workshop:
         """Write the checkpoint of a run beside its place, then rename it."""
         path = self.checkpoint(run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(whole, beside, {"run": run.key})
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_whole(path, save(whole, {"run": run.key}))
 
     def kept(self, run: Run) -> dict[str, Tensor]:
         """Return what ``keep`` wrote."""
