@@ -300,6 +300,19 @@ def test_a_checkpoint_without_a_part_is_refused(part, value, sentence, finished,
     assert sentence in search(tmp_path, "--resume", expect=2).stderr
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_in_which_another_run_is_at_work_is_refused(resume, interrupt, tmp_path):
+    interrupt(2)
+    search(tmp_path, *PLAIN, *TINY, expect=130)
+    if not resume:
+        (tmp_path / "checkpoint.pt").unlink()
+    before = sorted(tmp_path.iterdir()), resume and log(tmp_path)
+    with SearchFolder(tmp_path).alone():
+        told = search(tmp_path, *(["--resume"] if resume else [*PLAIN, *TINY]), expect=2).stderr
+    assert told == f"jackpot: output must be a folder in which no other run is at work, got {tmp_path}\n"
+    assert (sorted(tmp_path.iterdir()), resume and log(tmp_path)) == before
+
+
 def test_finished_search_resumes_to_the_same_end(finished, tmp_path):
     before = log(finished), (finished / "jackpot.safetensors").read_bytes()
     search(finished, "--resume")

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from shlex import quote
 from types import FrameType
@@ -44,33 +44,41 @@ def run_in_folder(
     from jackpot_kernels.data import DataError
     from jackpot_kernels.search.folder import Stopped, run
 
-    with one_sentence():
-        state = folder.load() if context.params["resume"] else None
-        settings, names = _resumed(context, folder.kind, kind, state) if state else _new(context, kind)
-        loop = build(settings, names)
-        if state:
-            try:
-                loop.load_state_dict(state)
-            except (AttributeError, LookupError, TypeError) as error:
-                found = f"{type(error).__name__}: {error}"
-                raise ValueError(f"checkpoint must be whole, got {folder.checkpoint} ({found})") from None
-            folder.rewind(state)
-        else:
-            folder.create()
-            start = loop.begin()
-            with writing("output", folder.path):
-                folder.write(start)
-                folder.save({**loop.state_dict(), "names": names})
-    resume = f"jackpot {context.info_name} --output {quote(str(folder.path))} --resume"
-    try:
-        with _progress(loop, figure) as watch, _stop_question() as should_stop:
-            run(loop, folder, extra={"names": names}, watch=watch, should_stop=should_stop)
-    except Stopped as stopped:
-        typer.echo(f"{stopped}; go on with: {resume}", err=True)
-        raise typer.Exit(130) from None
-    except (OSError, DataError) as error:
-        fail(f"{folder.kind} stopped by: {error}; go on from its last checkpoint with: {resume}")
+    with ExitStack() as alone:
+        with one_sentence():
+            state = folder.load() if context.params["resume"] else None
+            settings, names = _resumed(context, folder.kind, kind, state) if state else _new(context, kind)
+            loop = build(settings, names)
+            if not state:
+                folder.create()
+            alone.enter_context(folder.alone())
+            _go_on(loop, folder, state) if state else _begin(loop, folder, names)
+        resume = f"jackpot {context.info_name} --output {quote(str(folder.path))} --resume"
+        try:
+            with _progress(loop, figure) as watch, _stop_question() as should_stop:
+                run(loop, folder, extra={"names": names}, watch=watch, should_stop=should_stop)
+        except Stopped as stopped:
+            typer.echo(f"{stopped}; go on with: {resume}", err=True)
+            raise typer.Exit(130) from None
+        except (OSError, DataError) as error:
+            fail(f"{folder.kind} stopped by: {error}; go on from its last checkpoint with: {resume}")
     return loop, names
+
+
+def _begin(loop: "EpochLoop[Any]", folder: "RunFolder", names: Names) -> None:
+    start = loop.begin()
+    with writing("output", folder.path):
+        folder.write(start)
+        folder.save({**loop.state_dict(), "names": names})
+
+
+def _go_on(loop: "EpochLoop[Any]", folder: "RunFolder", state: dict[str, Any]) -> None:
+    try:
+        loop.load_state_dict(state)
+    except (AttributeError, LookupError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"checkpoint must be whole, got {folder.checkpoint} ({found})") from None
+    folder.rewind(state)
 
 
 def _new(context: typer.Context, kind: Callable[..., Settings]) -> tuple[Settings, Names]:

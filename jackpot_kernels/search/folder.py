@@ -4,7 +4,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +51,26 @@ class RunFolder:
             raise OSError(
                 f"output must be a folder that can be written to, got {self.path} ({error.strerror})"
             ) from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out while this one goes on, however it ends; where the system has no locks, do not.
+
+        Raises:
+            BlockingIOError: when another run is at work here.
+        """
+        with self.log.open("a") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"output must be a folder in which no other run is at work, got {self.path}"
+                ) from None
+            except (ImportError, OSError):
+                pass
+            yield
 
     def write(self, record: Record) -> None:
         """Append a record to the log; NaN and infinities become null."""
