@@ -167,6 +167,10 @@ class MaskedLayer(nn.Module):
         """
         return self._effective
 
+    def keep_nothing(self) -> None:
+        """Drop what is kept of the weight; a forward pass that needs it makes it anew."""
+        self._effective = self._cast = None
+
     @property
     def cached_cast_weight(self) -> Tensor | None:
         """The weight in the compute dtype that is kept for the fused kernels; None if none is up to date."""

@@ -251,3 +251,15 @@ def test_refuses_a_model_with_nothing_to_train(data):
         Training(masked_network(), *data, TINY)
     with pytest.raises(ValueError, match="model must hold masked layers"):
         unfreeze(network())
+
+
+def test_a_compiled_model_that_was_trained_and_frozen_again_is_not_stale():
+    model, x = jk.convert(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))), torch.randn(4, 6)
+    model(x)
+    unfreeze(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(x).square().sum().backward()
+    torch.optim.SGD([layer.weight for layer in model], 0.1).step()
+    model.requires_grad_(False)
+    assert torch.equal(compiled(x), jk.finalize(model)(x))

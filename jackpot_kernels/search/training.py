@@ -32,6 +32,8 @@ def unfreeze(model: nn.Module, everything: bool = False) -> None:
     for layer in layers:
         layer.weight.requires_grad_()
         layer.scores.requires_grad_(False)
+        # A compiled layer does not drop it, and takes it as it is once the weight is frozen again.
+        layer.keep_nothing()
 
 
 class Training(EpochLoop[TrainingSettings]):
