@@ -192,7 +192,11 @@ class MaskedLayer(nn.Module):
         A weight that is not frozen changes, and is masked or cast anew there.
         """
         parameters: _Tensors = self._parameters
-        weight = parameters["weight"]
+        try:
+            weight = parameters["weight"]
+        except KeyError:
+            message = "weight must be a parameter, got one that a parametrization or a hook computes"
+            raise RuntimeError(message) from None
         backend = choose_backend(self._operation, self.backend, self._kernels, x, weight, groups)
         if weight.requires_grad or backend == "reference":
             keeps = self._effective is not None or self._cast is not None

@@ -557,6 +557,12 @@ def test_a_weight_that_was_trained_leaves_no_effective_weight_behind():
     torch.testing.assert_close(compiled, torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+def test_a_parametrized_weight_is_refused(layer):
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(RuntimeError, match="weight must be a parameter, got one that a param"):
+        layer(torch.randn(1, 4, 5, 5))
+
+
 def test_gradients_of_each_sample_through_vmap(layer):
     x = torch.randn(3, 4, 5, 5)
     layer(x)
