@@ -306,6 +306,7 @@ def test_a_folder_in_which_another_run_is_at_work_is_refused(resume, interrupt, 
     search(tmp_path, *PLAIN, *TINY, expect=130)
     if not resume:
         (tmp_path / "checkpoint.pt").unlink()
+        (tmp_path / "log.jsonl").write_text("")  # as before the first record
     before = sorted(tmp_path.iterdir()), resume and log(tmp_path)
     with SearchFolder(tmp_path).alone():
         told = search(tmp_path, *(["--resume"] if resume else [*PLAIN, *TINY]), expect=2).stderr

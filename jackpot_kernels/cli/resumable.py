@@ -52,7 +52,10 @@ def run_in_folder(
             if not state:
                 folder.create()
             alone.enter_context(folder.alone())
-            _go_on(loop, folder, state) if state else _begin(loop, folder, names)
+            if state:
+                _go_on(loop, folder, state)
+            else:
+                _begin(loop, folder, names)
         resume = f"jackpot {context.info_name} --output {quote(str(folder.path))} --resume"
         try:
             with _progress(loop, figure) as watch, _stop_question() as should_stop:
