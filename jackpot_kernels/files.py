@@ -7,6 +7,7 @@ dtype and num_kept), ``aliases`` (key to the key that stores the same tensor), `
 overall) and ``source``.
 """
 
+import errno
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -97,8 +98,8 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
 
     Its outputs are then those of the saved network, bit for bit. The whole file is checked first, so a
     refused one leaves the model as it was. Nothing is unpickled. Dtype, device and memory format are those of
-    ``model``. Modules that share a parameter part where the file holds several for it, as they did when the
-    network was converted.
+    ``model``. Modules that share a parameter part where the file holds several for it, as ``finalize`` leaves
+    them.
 
     Returns:
         Sparsity and source as the file records them.
@@ -181,6 +182,9 @@ def _sparsity(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> Spar
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write beside and rename, so that ``path`` holds the old file or the whole new one; a link stays one."""
     path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # Renaming would put a file in the place of a device.
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

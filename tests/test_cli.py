@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -398,6 +399,13 @@ def test_export_writes_through_a_link(finished, tmp_path):
     assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "b.safetensors")
 
 
+def test_export_leaves_devices_alone(finished, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = invoke("export", finished, "--dense", tmp_path / "pipe")
+    assert result.exit_code == 2 and "(not a regular file)" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_weights_are_loaded(tmp_path):
     torch.manual_seed(1)
     model = DigitsNet(width=4)
@@ -510,7 +518,7 @@ def test_output_must_be_writable(tmp_path):
 def test_a_log_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "log.jsonl").write_text("mine\n")
     result = search(tmp_path, *PLAIN, *TINY, expect=2)
-    assert f"without a log of something else, got {tmp_path}/log.jsonl" in result.stderr
+    assert f"folder without a log, got {tmp_path}/log.jsonl and no checkpoint" in result.stderr
     assert (tmp_path / "log.jsonl").read_text() == "mine\n" and not (tmp_path / "checkpoint.pt").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from jackpot_kernels.data import Batches, Images, as_dataset, digits, imagenet
+from jackpot_kernels.data import Batches, DataError, Images, as_dataset, digits, imagenet
 from jackpot_kernels.data.image_files import ImageFiles, files_by_class
 from jackpot_kernels.data.imagenet import imagenet_380, imagenet_signed
 from jackpot_kernels.models import resnet20, vgg19
@@ -395,7 +395,7 @@ def test_damaged_images_are_named(damage, suffix, tmp_path):
     path = tmp_path / f"0.{suffix}"
     save_image(path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"images must be whole, got {path} "):
+    with pytest.raises(DataError, match=f"images must be whole, got {path} "):
         ImageFiles([str(path)], torch.zeros(1, dtype=torch.int64), np.array)[0]
 
 

@@ -43,7 +43,7 @@ class RunFolder:
         if self.checkpoint.exists():
             raise FileExistsError(f"output must be a folder without a checkpoint, got {self.path} with one")
         if self.log.exists() and self.log.stat().st_size > 0:
-            raise FileExistsError(f"output must be a folder without a log of something else, got {self.log}")
+            raise FileExistsError(f"output must be a folder without a log, got {self.log} and no checkpoint")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
