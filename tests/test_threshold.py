@@ -13,6 +13,7 @@ from jackpot_kernels import reference, threshold
 
 KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda rng, n: rng.standard_normal(n),
+    "heavy tails": lambda rng, n: rng.standard_cauchy(n),
     "few values": lambda rng, n: rng.integers(-2, 3, n) / 4,
     "two values": lambda rng, n: np.where(rng.random(n) < 0.1, 1.0, 0.99),
     "all equal": lambda rng, n: np.full(n, 0.99),
@@ -84,6 +85,12 @@ def test_reference_agrees() -> None:
     values = [torch.randint(0, 50, (n,)).float() for n in (1, 77, 5000)]
     kept = torch.tensor([1, 7, 500])
     assert all(map(torch.equal, threshold(values, kept), reference.threshold(values, kept)))
+
+
+def test_has_no_derivative() -> None:
+    value, index = threshold([torch.randn(5, requires_grad=True)], torch.tensor([2]))
+    assert not value.requires_grad
+    assert not index.requires_grad
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -27,7 +27,7 @@ void each_run(int64_t numel, const Body& body) {
 
 Tensor pack_mask(const Tensor& mask) {
   require_cpu(mask, ScalarType::Bool, "mask");
-  Tensor words = torch::stable::new_empty(mask, {(mask.numel() + 31) / 32}, ScalarType::Int);
+  Tensor words = empty({(mask.numel() + 31) / 32}, ScalarType::Int);
   const uint8_t* const bools = static_cast<const uint8_t*>(mask.data_ptr());
   uint32_t* const out = static_cast<uint32_t*>(words.data_ptr());
   each_run(mask.numel(), [&](int64_t first, int64_t count, int64_t last) {
@@ -43,7 +43,7 @@ Tensor pack_mask(const Tensor& mask) {
 
 Tensor unpack_mask(const Tensor& words, const std::vector<int64_t>& shape) {
   require_cpu(words, ScalarType::Int, "words");
-  Tensor mask = torch::stable::new_empty(words, shape, ScalarType::Bool);
+  Tensor mask = empty(shape, ScalarType::Bool);
   STD_TORCH_CHECK(words.numel() == (mask.numel() + 31) / 32,
                   "words must have one int32 for 32 weights of shape");
   const uint32_t* const in = static_cast<const uint32_t*>(words.data_ptr());

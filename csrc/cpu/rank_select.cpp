@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "../order.h"
 #include "candidates.h"
@@ -59,7 +60,7 @@ std::vector<float> sample(const Segments& segments, int64_t segment) {
     int64_t count;
   };
   const int64_t numel = segments.numel[segment];
-  std::vector<Line> lines(std::clamp<int64_t>(numel / 8192, 4, 256));
+  std::vector<Line> lines(std::clamp<int64_t>(numel / 8192, 6, 256));
   const int64_t part = numel / static_cast<int64_t>(lines.size());
   for (size_t i = 0; i < lines.size(); ++i) {
     // Anywhere in the i-th part, so that no pattern in the weights can meet one in the places.
@@ -82,7 +83,7 @@ std::vector<float> sample(const Segments& segments, int64_t segment) {
 
 // Values of a sample around where the k-th should be, closest where it is most likely.  // ascending
 Pivots sampled_pivots(const Segments& segments, int64_t segment, int64_t k) {
-  constexpr double kDeviations[kPivots] = {2, 0.4, -0.4, -2};
+  constexpr double kDeviations[kPivots] = {2, 0.6, -0.6, -2};
   std::vector<float> values = sample(segments, segment);
   Pivots pivots = {};
   if (values.empty()) return pivots;  // all that was met is NaN
@@ -140,18 +141,24 @@ void narrow(const Scan& scan, int64_t k, const Pivots& pivots, Range& range) {
   }
 }
 
-// Where the k-th is if values lie evenly in the range, four deviations either way: a tenth of them or so. To
-// take them all cost ResNet-32's 32 layers a third of the whole.
-Range likely(const Range& range, int64_t k) {
+// Where the k-th is, give or take four deviations and what the guess may be off by: a tenth of the range or
+// so, for to take it all cost ResNet-32's 32 layers a third of the whole. The guess is that values go with
+// their ranks' logits, as a logistic distribution's do; that they lie evenly was too far off for one layer in
+// nine.
+Range likely(const Range& range, int64_t k, int64_t numel) {
   const double inside = static_cast<double>(range.inside());
   const double share = static_cast<double>(k - range.above_high) / inside;
-  const double margin = (4 * std::sqrt(share * (1 - share) * inside) + 8) / inside;
+  const double margin = 4 * std::sqrt(share * (1 - share) * inside) + inside / 128 + 8;
+  const double above = static_cast<double>(range.above_high), up_to = static_cast<double>(range.from_low);
+  const auto logit = [&](double rank) { return std::log((rank + 0.5) / (numel - rank + 0.5)); };
+  const double first = logit(above), last = logit(up_to);
   const double width = static_cast<double>(range.high) - range.low;
-  const auto below_high = [&](double part) {
+  const auto value = [&](double rank) {
+    const double part = (logit(std::clamp(rank, above, up_to)) - first) / (last - first);
     // Where the two ends are far apart, the difference may fall below the lower one by rounding.
-    return std::max(range.low, static_cast<float>(range.high - std::clamp(part, 0.0, 1.0) * width));
+    return std::max(range.low, static_cast<float>(range.high - part * width));
   };
-  return {below_high(share + margin), below_high(share - margin), range.from_low, range.above_high};
+  return {value(k + margin), value(k - margin), range.from_low, range.above_high};
 }
 
 // The k-th where few values are in the range; 0 when it is not there, as NaN never is.
@@ -194,7 +201,7 @@ uint64_t select_equal(const Scan& scan, int64_t k, uint32_t key) {
 }
 
 uint64_t select(const Scan& scan, int64_t k) {
-  const int64_t numel = scan.segments.numel[scan.segment], few = numel / 64 + 1024;
+  const int64_t numel = scan.segments.numel[scan.segment], few = numel / 16 + 1024;
   Range range = {-kInfinity, kInfinity, numel, 0};
   if (numel > few) narrow(scan, k, sampled_pivots(scan.segments, scan.segment, k), range);
   while (range.inside() > few && range.low < range.high) narrow(scan, k, even_pivots(range), range);
@@ -202,7 +209,7 @@ uint64_t select(const Scan& scan, int64_t k) {
   if (range.inside() > few) {
     rank = select_equal(scan, k, rank_key(range.low));
   } else {
-    if (std::isfinite(range.high - range.low)) rank = select_inside(scan, k, likely(range, k));
+    if (std::isfinite(range.high - range.low)) rank = select_inside(scan, k, likely(range, k, numel));
     if (!rank) rank = select_inside(scan, k, range);
   }
   return rank ? rank : select_equal(scan, k, rank_key(std::numeric_limits<float>::quiet_NaN()));
@@ -217,19 +224,19 @@ void rank_select(const Segments& segments, const std::vector<int64_t>& which, co
   ranks.resize(count);
   int64_t total = 0;
   for (const int64_t segment : which) total += segments.numel[segment];
-  // A segment that is more than one thread's share is gone through by all threads.
-  const auto is_large = [&](int64_t i) {
-    return segments.numel[which[i]] > std::max<int64_t>(kTile, total / torch::stable::get_num_threads());
-  };
+  const auto numel = [&](int64_t i) { return segments.numel[which[i]]; };
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return numel(i) > numel(j); });
   const auto select_at = [&](int64_t i, bool shared) {
     ranks[i] = select({segments, which[i], shared, Tiles(segments, {which[i]})}, ks[i]);
   };
-  for (int64_t i = 0; i < count; ++i) {
-    if (is_large(i)) select_at(i, true);
-  }
-  parallel_each(count, [&](int64_t i) {
-    if (!is_large(i)) select_at(i, false);
-  });
+  // A segment that is more than one thread's share is gone through by all threads, the others by one each,
+  // large ones first, so that none is left with a large one when the rest are done.
+  const int64_t share = std::max<int64_t>(kTile, total / torch::stable::get_num_threads());
+  int64_t shared = 0;
+  while (shared < count && numel(order[shared]) > share) select_at(order[shared++], true);
+  parallel_each(count - shared, [&](int64_t i) { select_at(order[shared + i], false); });
 }
 
 }  // namespace jackpot

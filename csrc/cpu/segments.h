@@ -43,6 +43,19 @@ inline void require_cpu(const Tensor& tensor, torch::headeronly::ScalarType dtyp
                   " must be a contiguous CPU tensor of the expected dtype");
 }
 
+// torch::stable::new_empty looks its operator up by name, which took 0.01 to 0.03 ms from cold caches.
+inline Tensor empty(const std::vector<int64_t>& shape, torch::headeronly::ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle tensor;
+  STD_TORCH_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &tensor) == AOTI_TORCH_SUCCESS,
+      "could not make room for a result");
+  return Tensor(tensor);
+}
+
 // Steps taken, steps skipped, and 1 if this step was skipped.
 inline int64_t* control_of(const Tensor& control) {
   require_cpu(control, torch::headeronly::ScalarType::Long, "control");
@@ -56,6 +69,7 @@ inline Segments make_segments(const Tensors& scores, const Tensors& masks, bool 
   STD_TORCH_CHECK(!scores.empty(), "scores must name at least one layer, got none");
   STD_TORCH_CHECK(masks.empty() || masks.size() == scores.size(), "masks must have one entry a layer");
   Segments segments;
+  segments.layers.reserve(scores.size());
   for (size_t i = 0; i < scores.size(); ++i) {
     require_cpu(scores[i], ScalarType::Float, "scores");
     if (i == 0 || !joint) {

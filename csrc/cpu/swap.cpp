@@ -335,7 +335,7 @@ Tensor swap_(const Tensors& scores, const Tensors& masks, const Tensors& weights
   const Segments segments = make_segments(scores, masks, joint);
   const SwapSettings settings =
       make_swap_settings(segments, masks, weights, effective, num_kept, schedule, pairs, seed);
-  Tensor stats = torch::stable::new_empty(control, {segments.size(), 5});
+  Tensor stats = empty({segments.size(), 5}, ScalarType::Long);
   swap(segments, settings, control_of(control), make_workspace(segments, workspace),
        stats_of(stats, segments));
   return stats;

@@ -1,6 +1,7 @@
 // The k-th ranked value of each segment and its position.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <tuple>
 
 #include "../order.h"
@@ -14,22 +15,26 @@ using torch::headeronly::ScalarType;
 std::tuple<Tensor, Tensor> threshold(const Tensors& values, const Tensor& num_kept, bool joint) {
   const Segments segments = make_segments(values, {}, joint);
   require_cpu(num_kept, ScalarType::Long, "num_kept");
-  STD_TORCH_CHECK(num_kept.numel() == segments.size(), "num_kept must have one entry a segment");
-  std::vector<int64_t> which, ks;
-  for (int64_t s = 0; s < segments.size(); ++s) {
-    which.push_back(s);
-    ks.push_back(static_cast<const int64_t*>(num_kept.data_ptr())[s]);
+  STD_TORCH_CHECK(num_kept.dim() == 1 && num_kept.numel() == segments.size(),
+                  "num_kept must have one entry a segment");
+  const int64_t* const kept = static_cast<const int64_t*>(num_kept.data_ptr());
+  const std::vector<int64_t> ks(kept, kept + segments.size());
+  std::vector<int64_t> which(segments.size());
+  std::iota(which.begin(), which.end(), 0);
+  for (const int64_t s : which) {
     STD_TORCH_CHECK(ks[s] >= 1 && ks[s] <= segments.numel[s], "num_kept must be in [1, ", segments.numel[s],
                     "], got ", ks[s]);
   }
   std::vector<uint64_t> ranks;
   rank_select(segments, which, ks, ranks);
-  Tensor value = torch::stable::new_empty(num_kept, {segments.size()}, ScalarType::Float);
-  Tensor index = torch::stable::new_empty(num_kept, {segments.size()}, ScalarType::Long);
-  for (int64_t s = 0; s < segments.size(); ++s) {
+  Tensor value = empty({segments.size()}, ScalarType::Float);
+  Tensor index = empty({segments.size()}, ScalarType::Long);
+  float* const values_out = static_cast<float*>(value.data_ptr());
+  int64_t* const indices_out = static_cast<int64_t*>(index.data_ptr());
+  for (const int64_t s : which) {
     const uint32_t position = position_of(ranks[s]);
-    static_cast<float*>(value.data_ptr())[s] = value_at(segments, s, position);
-    static_cast<int64_t*>(index.data_ptr())[s] = position;
+    values_out[s] = value_at(segments, s, position);
+    indices_out[s] = position;
   }
   return {value, index};
 }
