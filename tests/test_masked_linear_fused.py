@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import jackpot_kernels as jk
 from jackpot_kernels import masked_linear, masked_linear_score_grad_, pack_mask, reference
 from jackpot_kernels.kernels import masked_linear as kernels
+from jackpot_kernels.kernels.tuning import HOPPER
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="test_gpu_masked_linear.py runs the kernels on the device"
@@ -103,8 +104,8 @@ def test_one_weight_may_have_any_strides():
 def descriptors_first(monkeypatch):
     """Let configurations with descriptors be chosen, where they may."""
     for lists in ("MATMUL_CONFIGS", "GRADS_CONFIGS"):
-        configs = sorted(getattr(kernels, lists)["many tokens"], key=lambda c: -c.values["DESCRIPTORS"])
-        monkeypatch.setitem(getattr(kernels, lists), "many tokens", configs)
+        table, kind = getattr(kernels, lists), "many tokens" + HOPPER
+        monkeypatch.setitem(table, kind, sorted(table[kind], key=lambda c: -c.values["DESCRIPTORS"]))
 
 
 def test_descriptors_are_only_made_of_whole_rows(descriptors_first):
@@ -234,7 +235,7 @@ def test_not_finite_weights_that_are_pruned_stay_out():
 
 def test_split_columns_repeat_bit_for_bit():
     x, weight, scores, mask, bias = problem((3,), 40, 1024, torch.bfloat16)
-    splits = [config.values["SPLITS"] for config in kernels.MATMUL_CONFIGS["tokens <= 16"]]
+    splits = [config.values["SPLITS"] for config in kernels.MATMUL_CONFIGS["tokens <= 16" + HOPPER]]
     assert splits[0] > 1
     first, second = (masked_linear(x, weight, scores, mask, bias, backend="fused") for _ in range(2))
     assert torch.equal(first, second)

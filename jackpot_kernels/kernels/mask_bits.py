@@ -22,8 +22,25 @@ def keep_bits(words_ptr, offsets, inside):
 
 
 @triton.jit
+def bit_values(words_ptr, size):
+    """Return ``1 << arange(32)`` as if it came from memory; call it once, outside of a kernel's loop.
+
+    Triton makes an operand of a product in the very registers where the product wants it if all that it is
+    made of was loaded. With an ``arange`` in it, a masked weight went through shared memory in each step: a
+    third more instructions, and a barrier more, in a matmul's loop for sm_90.
+
+    Args:
+        words_ptr: anything that is not read.
+        size: of anything, so that the compiler does not know it is never negative.
+    """
+    o_bit = tl.arange(0, 32)
+    return tl.load(words_ptr + o_bit, mask=tl.zeros([32], tl.int32) > size, other=1 << o_bit)
+
+
+@triton.jit
 def keep_tile(
     words_ptr,
+    bits,
     rows,
     first_column,
     num_rows,
@@ -37,18 +54,20 @@ def keep_tile(
 
     Args:
         words_ptr: packed mask, int32.
+        bits: what ``bit_values`` returns.  # [32]
         rows: of the tile, int64 where indices can pass 2**31.  # [BLOCK_ROWS]
         first_column: of the tile.
     """
     columns = first_column // 32 + tl.arange(0, BLOCK_COLUMNS // 32)
     inside = (rows < num_rows)[:, None] & (columns < num_columns // 32)[None, :]
     words = tl.load(words_ptr + rows[:, None] * (num_columns // 32) + columns[None, :], mask=inside, other=0)
-    return _unpacked(words, BLOCK_ROWS, BLOCK_COLUMNS)
+    return _unpacked(words, bits, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit
 def keep_tile_anywhere(
     words_ptr,
+    bits,
     rows,
     first_column,
     num_rows,
@@ -63,7 +82,7 @@ def keep_tile_anywhere(
     low = tl.load(words_ptr + (index >> 5), mask=(index >> 5) <= last, other=0)
     high = tl.load(words_ptr + (index >> 5) + 1, mask=(index >> 5) < last, other=0)
     pair = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return _unpacked((pair >> (index & 31)).to(tl.int32), BLOCK_ROWS, BLOCK_COLUMNS)
+    return _unpacked((pair >> (index & 31)).to(tl.int32), bits, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["size", "C"])
@@ -88,7 +107,7 @@ def realign_kernel(
 
 
 @triton.jit
-def _unpacked(words, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def _unpacked(words, bits, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """Return the bits of words [BLOCK_ROWS, BLOCK_COLUMNS / 32] as a tile [BLOCK_ROWS, BLOCK_COLUMNS]."""
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0
+    kept = words[:, :, None] & bits[None, None, :]
+    return tl.reshape(kept, [BLOCK_ROWS, BLOCK_COLUMNS]) != 0

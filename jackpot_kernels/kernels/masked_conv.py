@@ -25,11 +25,15 @@ from torch import Tensor
 
 from jackpot_kernels.kernels.availability import launching_on
 from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.mask_bits import keep_bits, keep_tile, realign_kernel
-from jackpot_kernels.kernels.tuning import Config, Variant, choose
+from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
+from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
 
 # What makes no better code where it is 1 or a multiple of 16: so a network needs fewer kernels compiled.
 _UNSPECIALIZED = ["N", "H", "W", "P", "Q", "pad_h", "pad_w", "part"]
+
+
+# What puts a place outside of every image, added or subtracted: a comparison less for each of them.
+FAR = tl.constexpr(-(2**31))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -83,8 +87,10 @@ def conv_fwd_kernel(
     m_o, m_n = o_o < F, image < N
     o_o += i_group * F
     top, left = p * step_h - pad_h, q * step_w - pad_w
-    p_x = x_ptr + image * stride_xn + i_group * C * stride_xc
+    p_x = x_ptr + image * stride_xn + i_group * C * stride_xc + offset(top, left, stride_xh, stride_xw)
+    top = tl.where(m_n, top, FAR)
 
+    bits = bit_values(words_ptr, N)
     b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(num_steps(C, TAPS, BLOCK_K, FLAT)):
         o_c, tap = channels_and_taps(step, TAPS, BLOCK_K, FLAT)
@@ -94,12 +100,13 @@ def conv_fwd_kernel(
         b_w = tl.load(w_ptr + o_w, mask=m_w, other=0)  # [BLOCK_M, BLOCK_K]
         row, column = o_o * ROWS + step % ROWS, step // ROWS * BLOCK_K
         num_rows, num_columns = (i_group + 1) * F * ROWS, tl.cdiv(C * (TAPS // ROWS), 32) * 32
-        b_keep = keep_tile(words_ptr, row, column, num_rows, num_columns, BLOCK_M, BLOCK_K)
+        b_keep = keep_tile(words_ptr, bits, row, column, num_rows, num_columns, BLOCK_M, BLOCK_K)
         b_w = tl.where(b_keep, b_w, 0)
-        h, w = top[None, :] + (r * dilation_h)[:, None], left[None, :] + (s * dilation_w)[:, None]
-        m_x = (h >= 0) & (h < H) & (w >= 0) & (w < W) & m_n[None, :] & (o_c < C)[:, None]
-        o_x = (o_c * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)
-        b_x = tl.load(p_x[None, :] + o_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
+        down, right = r * dilation_h, s * dilation_w
+        o_x = o_c * stride_xc + offset(down, right, stride_xh, stride_xw)
+        right = tl.where(o_c < C, right, FAR)
+        m_x = within(top[None, :] + down[:, None], H) & within(left[None, :] + right[:, None], W)
+        b_x = tl.load(p_x[None, :] + o_x[:, None], mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
         b_y = dot(b_w, b_x, b_y, PRECISION)
 
     if HAS_BIAS:
@@ -165,26 +172,31 @@ def conv_dx_kernel(
     m_c, m_n = o_c < C, (image < N) & (h < H) & (w < W)
     num_r, first_r = taps_that_see(first_h + pad_h, step_h, dilation_h, KERNEL_H)
     num_s, first_s = taps_that_see(first_w + pad_w, step_w, dilation_w, KERNEL_W)
-    p_dy = dy_ptr + image * stride_yn + i_group * F * stride_yo
+    # Where tap (first_r, first_s) sees the place from; the window's steps divide what is divided here.
+    p, q = (h + pad_h - first_r * dilation_h) // step_h, (w + pad_w - first_s * dilation_w) // step_w
+    every_p, every_q = every_h * dilation_h // step_h, every_w * dilation_w // step_w
+    p_dy = dy_ptr + image * stride_yn + i_group * F * stride_yo + offset(p, q, stride_yp, stride_yq)
+    p = tl.where(m_n, p, FAR)
 
+    bits = bit_values(words_ptr, N)
     b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(num_steps(F, num_r * num_s, BLOCK_K, FLAT)):
         o_o, tap = channels_and_taps(step, num_r * num_s, BLOCK_K, FLAT)
-        r, s = first_r + tap // num_s * every_h, first_s + tap % num_s * every_w
+        i_r, i_s = tap // num_s, tap % num_s
+        r, s = first_r + i_r * every_h, first_s + i_s * every_w
         m_w = m_c[:, None] & (o_o < F)[None, :]
         row = i_group * F + o_o
         o_w = (o_c * stride_wc)[:, None] + (row * stride_wo + (r * stride_wr + s * stride_ws))[None, :]
         b_w = tl.load(w_ptr + o_w, mask=m_w, other=0)  # [BLOCK_M, BLOCK_K]
         row = row * TAPS + (r * KERNEL_W + s)
         num_rows, num_columns = (i_group + 1) * F * TAPS, tl.cdiv(C, 32) * 32
-        b_keep = keep_tile(words_ptr, row, i_c * BLOCK_M, num_rows, num_columns, BLOCK_K, BLOCK_M)
+        b_keep = keep_tile(words_ptr, bits, row, i_c * BLOCK_M, num_rows, num_columns, BLOCK_K, BLOCK_M)
         b_w = tl.where(tl.trans(b_keep), b_w, 0)
-        p = (h + pad_h)[None, :] - (r * dilation_h)[:, None]
-        q = (w + pad_w)[None, :] - (s * dilation_w)[:, None]
-        m_y = (p >= 0) & (p < P * step_h) & (q >= 0) & (q < Q * step_w)
-        o_y = (o_o * stride_yo)[:, None] + (p // step_h * stride_yp + q // step_w * stride_yq)
-        m_y = m_y & m_n[None, :] & (o_o < F)[:, None]
-        b_dy = tl.load(p_dy[None, :] + o_y, mask=m_y, other=0)  # [BLOCK_K, BLOCK_N]
+        up, back = i_r * every_p, i_s * every_q
+        o_y = o_o * stride_yo - offset(up, back, stride_yp, stride_yq)
+        back = tl.where(o_o < F, back, FAR)
+        m_y = within(p[None, :] - up[:, None], P) & within(q[None, :] - back[:, None], Q)
+        b_dy = tl.load(p_dy[None, :] + o_y[:, None], mask=m_y, other=0)  # [BLOCK_K, BLOCK_N]
         b_dx = dot(b_w, b_dy, b_dx, PRECISION)
 
     o_x = ((i_group * C + o_c) * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)[None, :]
@@ -263,7 +275,7 @@ def conv_weight_grads_kernel(
         b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
         h = (p * step_h - pad_h)[:, None] + (r * dilation_h)[None, :]
         w = (q * step_w - pad_w)[:, None] + (s * dilation_w)[None, :]
-        m_x = (h >= 0) & (h < H) & (w >= 0) & (w < W) & m_n[:, None] & m_c[None, :]
+        m_x = within(h, H) & within(w, W) & m_n[:, None] & m_c[None, :]
         o_x = (o_c * stride_xc)[None, :] + (h * stride_xh + w * stride_xw)
         b_x = tl.load((p_x + image * stride_xn)[:, None] + o_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
         b_g = dot(b_dy, b_x, b_g, PRECISION)
@@ -525,6 +537,18 @@ def depthwise_weight_grads_kernel(
 
 
 @triton.jit
+def within(index, size):
+    """Tell where ``0 <= index < size``, in one comparison."""
+    return index.to(tl.uint32) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def offset(row, column, stride_row, stride_column):
+    """Return an offset of 64 bits: a place in the padding can be far from the image."""
+    return row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+
+
+@triton.jit
 def positions(first, height, width, BLOCK: tl.constexpr):
     """Return image, row and column of BLOCK positions, which are counted through all images."""
     o_p = first + tl.arange(0, BLOCK)
@@ -632,14 +656,26 @@ def _config(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Config:
 # By what limits them: 16-bit elements or float32, elements that cannot be copied 16 bytes at a time because
 # channels are not next to each other ("scattered"), and the registers of exact float32 products.
 FORWARD_CONFIGS = {
-    "half": [_config(128, 128, 64, 8, 3), _config(128, 256, 64, 8, 3), _config(64, 128, 32, 4, 4)],
+    "half": [_config(128, 128, 32, 8, 4), _config(64, 128, 32, 4, 4)],
+    "half, Hopper": [
+        _config(128, 128, 64, 8, 3),
+        _config(128, 256, 64, 8, 3),
+        _config(64, 128, 64, 4, 3),
+        _config(64, 128, 32, 4, 4),
+    ],
     "half scattered": [_config(64, 128, 32, 8, 2)],
     "tf32": [_config(64, 128, 32, 8, 3), _config(64, 64, 32, 4, 3)],
     "tf32 scattered": [_config(64, 64, 32, 4, 3)],
     "ieee": [_config(32, 32, 32, 4, 3)],
 }
 INPUT_CONFIGS = {
-    "half": [_config(128, 128, 64, 8, 3), _config(128, 256, 64, 8, 3), _config(64, 128, 32, 4, 4)],
+    "half": [_config(128, 128, 32, 8, 4), _config(64, 128, 32, 4, 4)],
+    "half, Hopper": [
+        _config(128, 128, 64, 8, 3),
+        _config(128, 256, 64, 8, 3),
+        _config(64, 128, 64, 4, 3),
+        _config(64, 128, 32, 4, 4),
+    ],
     "half scattered": [_config(64, 128, 32, 8, 2)],
     "tf32": [_config(128, 64, 32, 8, 3)],
     "tf32 scattered": [_config(64, 64, 32, 8, 3)],
@@ -967,14 +1003,11 @@ def _precision(x: Tensor) -> str:
 def _pick(configs: dict[str, list[Config]], x: Tensor, scattered: bool) -> list[Config]:
     """Return the configurations for the device, the dtype and the order of the operands."""
     kind = _precision(x) if x.dtype == torch.float32 else "half"
-    listed = configs.get(f"{kind} scattered", configs[kind]) if scattered else configs[kind]
-    hopper = x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return [config for config in listed if hopper or not _is_wide(config)]
+    return listed(configs, _listed_as(kind, scattered), x.device)
 
 
-def _is_wide(config: Config) -> bool:
-    """Tell whether the sums of a tile leave no registers for the rest of it on devices before Hopper."""
-    return config.values["BLOCK_N"] > 128
+def _listed_as(kind: str, scattered: bool) -> str:
+    return f"{kind} scattered" if scattered and kind != "ieee" else kind
 
 
 def _tiles(rows: int, columns: int, config: Config) -> int:
@@ -1030,8 +1063,10 @@ def variants() -> Iterator[Variant]:
             of_kind = {"PRECISION": "ieee" if kind == "ieee" else "tf32", "FLAT": layout == "few channels"}
             if kernel is conv_weight_grads_kernel:
                 of_kind["HAS_WEIGHT"] = scattered
-            for config in table.get(f"{kind} scattered", table[kind]) if scattered else table[kind]:
-                yield _variant(kernel, kind, layout, constants | of_kind, config)
+            listed_as = _listed_as(kind, scattered)
+            for hopper in (False, True):
+                for config in table.get(listed_as + HOPPER * hopper, []):
+                    yield _variant(kernel, kind, layout, constants | of_kind, config, hopper)
     for layout in ("channels_last", "scattered"):
         constants = {"MULTIPLIER": 1}
         with_bias = constants | {"HAS_BIAS": True}
@@ -1052,7 +1087,9 @@ def variants() -> Iterator[Variant]:
 _LAYOUTS = {"channels_last": False, "scattered": True, "few channels": True}
 
 
-def _variant(kernel: Any, kind: str, layout: str, constants: dict[str, Any], config: Config) -> Variant:
+def _variant(
+    kernel: Any, kind: str, layout: str, constants: dict[str, Any], config: Config, hopper: bool = False
+) -> Variant:
     """Return a variant whose steps are 1, and whose channels, or else columns, are next to each other."""
     names, scattered = kernel.arg_names, _LAYOUTS[layout]
     dense = ("xw", "ws", "yq") if scattered else ("xc", "wc", "yo")
@@ -1065,13 +1102,14 @@ def _variant(kernel: Any, kind: str, layout: str, constants: dict[str, Any], con
     pointers = tuple(name for name in names if name.endswith("_ptr"))
     numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
     sizes = "x".join(str(size) for size in config.values.values())
+    problem = f"{kind}, {layout}{HOPPER * hopper}"
     return Variant(
-        f"{kernel.__name__}, {kind}, {layout}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
+        f"{kernel.__name__}, {problem}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
         kernel,
         signature,
         constants,
         config,
         pointers if scattered else pointers + numbers,
         tensor_cores="PRECISION" in constants and constants["PRECISION"] != "ieee",
-        minimum_architecture=90 if "PRECISION" in constants and _is_wide(config) else 80,
+        minimum_architecture=90 if hopper else 80,
     )

@@ -17,14 +17,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jackpot_kernels.kernels.availability import launching_on
 from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.mask_bits import keep_tile, keep_tile_anywhere
-from jackpot_kernels.kernels.tuning import Config, Variant, choose
+from jackpot_kernels.kernels.mask_bits import bit_values, keep_tile, keep_tile_anywhere
+from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
 
 
 # The number of tokens changes from call to call, so it is no reason to compile anew.
 @triton.jit(do_not_specialize=["N"])
 def masked_matmul_kernel(
-    x_ptr,  # [N, Q]; where DESCRIPTORS, this and the next describe tiles to the device's copy engine
+    x_ptr,  # [N, Q]; where DESCRIPTORS, this, w and y describe tiles to the device's copy engine
     w_ptr,  # [P, Q], or [Q, P] where TRANSPOSED
     words_ptr,
     bias_ptr,  # [P]
@@ -57,6 +57,7 @@ def masked_matmul_kernel(
         p_w = w_ptr + o_p[:, None] * stride_wp + o_q[None, :] * stride_wq
         p_x = x_ptr + o_n[None, :] * stride_xn + o_q[:, None] * stride_xq
 
+    bits = bit_values(words_ptr, N)
     b_y = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for q in range(i_split * BLOCK_Q, Q, SPLITS * BLOCK_Q):
         if DESCRIPTORS:
@@ -68,18 +69,24 @@ def masked_matmul_kernel(
             b_x = tl.load(p_x, mask=m_q[:, None] & m_n[None, :], other=0)  # [BLOCK_Q, BLOCK_N]
             p_w += tl.cast(SPLITS * BLOCK_Q, tl.int64) * stride_wq
             p_x += tl.cast(SPLITS * BLOCK_Q, tl.int64) * stride_xq
-        b_keep = kept_block(words_ptr, i_p * BLOCK_P, q, P, Q, TRANSPOSED, WHOLE_WORDS, BLOCK_P, BLOCK_Q)
+        b_keep = kept_block(
+            words_ptr, bits, i_p * BLOCK_P, q, P, Q, TRANSPOSED, WHOLE_WORDS, BLOCK_P, BLOCK_Q
+        )
         b_y = dot(tl.where(b_keep, b_w, 0), b_x, b_y, PRECISION)
 
     if HAS_BIAS:
         b_y += tl.load(bias_ptr + o_p, mask=m_p, other=0).to(tl.float32)[:, None]
-    p_y = y_ptr + (i_split * N + o_n[None, :]) * P + o_p[:, None]
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_p[:, None] & m_n[None, :])
+    if DESCRIPTORS:
+        y_ptr.store([i_n * BLOCK_N, i_p * BLOCK_P], tl.trans(b_y.to(y_ptr.dtype)))
+    else:
+        p_y = y_ptr + (i_split * N + o_n[None, :]) * P + o_p[:, None]
+        tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_p[:, None] & m_n[None, :])
 
 
 @triton.jit
 def kept_block(
     words_ptr,
+    bits,
     p,
     q,
     P,
@@ -93,12 +100,12 @@ def kept_block(
     if TRANSPOSED:
         rows, column = q + tl.arange(0, BLOCK_Q).to(tl.int64), p
         if WHOLE_WORDS:
-            return tl.trans(keep_tile(words_ptr, rows, column, Q, P, BLOCK_Q, BLOCK_P))
-        return tl.trans(keep_tile_anywhere(words_ptr, rows, column, Q, P, BLOCK_Q, BLOCK_P))
+            return tl.trans(keep_tile(words_ptr, bits, rows, column, Q, P, BLOCK_Q, BLOCK_P))
+        return tl.trans(keep_tile_anywhere(words_ptr, bits, rows, column, Q, P, BLOCK_Q, BLOCK_P))
     rows, column = p + tl.arange(0, BLOCK_P).to(tl.int64), q
     if WHOLE_WORDS:
-        return keep_tile(words_ptr, rows, column, P, Q, BLOCK_P, BLOCK_Q)
-    return keep_tile_anywhere(words_ptr, rows, column, P, Q, BLOCK_P, BLOCK_Q)
+        return keep_tile(words_ptr, bits, rows, column, P, Q, BLOCK_P, BLOCK_Q)
+    return keep_tile_anywhere(words_ptr, bits, rows, column, P, Q, BLOCK_P, BLOCK_Q)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -195,7 +202,16 @@ def weight_grads_kernel(
         tl.store(dscores_ptr + o_w, b_scores, mask=m_w)
     if HAS_WEIGHT:
         b_keep = kept_block(
-            words_ptr, i_p * BLOCK_P, i_q * BLOCK_Q, P, Q, False, WHOLE_WORDS, BLOCK_P, BLOCK_Q
+            words_ptr,
+            1 << tl.arange(0, 32),
+            i_p * BLOCK_P,
+            i_q * BLOCK_Q,
+            P,
+            Q,
+            False,
+            WHOLE_WORDS,
+            BLOCK_P,
+            BLOCK_Q,
         )
         tl.store(dweight_ptr + o_w, tl.where(b_keep, b_grad, 0).to(dweight_ptr.dtype.element_ty), mask=m_w)
     if HAS_BIAS:  # noqa: SIM102
@@ -232,6 +248,10 @@ def _grads_config(
 # multiprocessor reads some; elements that cannot be copied 16 bytes at a time; the room that float32 takes.
 MATMUL_CONFIGS = {
     "tokens <= 16": [
+        *(_matmul_config(64, 16, 64, 4, 6, splits=splits) for splits in (4, 1, 8)),
+        _matmul_config(32, 16, 128, 4, 5),
+    ],
+    "tokens <= 16, Hopper": [
         *(_matmul_config(64, 16, 128, 4, 4, splits=splits) for splits in (4, 1, 8)),
         # 4096 rows by 32 are 128 programs, about one a multiprocessor, and no second launch adds parts.
         _matmul_config(32, 16, 256, 4, 4),
@@ -241,7 +261,8 @@ MATMUL_CONFIGS = {
         *(_matmul_config(64, 64, 64, 4, 4, splits=splits) for splits in (4, 1, 8)),
         _matmul_config(32, 64, 128, 4, 4),
     ],
-    "many tokens": [
+    "many tokens": [_matmul_config(128, 128, 32, 8, 4), _matmul_config(64, 128, 32, 4, 4)],
+    "many tokens, Hopper": [
         _matmul_config(128, 128, 64, 8, 3),
         _matmul_config(64, 128, 64, 4, 4),
         _matmul_config(128, 256, 64, 8, 3, descriptors=True),
@@ -260,7 +281,8 @@ GRADS_CONFIGS = {
         _grads_config(32, 128, 32, 4, 2, early=True),
         _grads_config(32, 64, 32, 4, 2, early=True),
     ],
-    "many tokens": [
+    "many tokens": [_grads_config(128, 128, 64, 8, 3), _grads_config(64, 128, 64, 4, 4)],
+    "many tokens, Hopper": [
         _grads_config(128, 128, 64, 8, 3),
         _grads_config(128, 128, 64, 8, 4, descriptors=True),
         _grads_config(64, 128, 64, 4, 4),
@@ -302,12 +324,13 @@ def masked_matmul(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None,
         tiles = triton.cdiv(num_p, config.values["BLOCK_P"]) * triton.cdiv(num_n, config.values["BLOCK_N"])
         block = config.values
         x_tile, w_tile = [block["BLOCK_N"], block["BLOCK_Q"]], [block["BLOCK_P"], block["BLOCK_Q"]]
+        y_tile = [block["BLOCK_N"], block["BLOCK_P"]]
         masked_matmul_kernel[(tiles, splits)](
-            _source(x, x_tile, config),
-            _source(weight, w_tile[::-1] if transposed else w_tile, config),
+            _operand(x, x_tile, config),
+            _operand(weight, w_tile[::-1] if transposed else w_tile, config),
             words,
             bias,
-            parts,
+            _operand(parts, y_tile, config),
             num_n,
             num_p,
             num_q,
@@ -324,7 +347,8 @@ def masked_matmul(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None,
                 parts, bias, y, y.numel(), num_p, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=_SUM_BLOCK
             )
 
-    configs = _usable(MATMUL_CONFIGS[_kind(x, aligned, "tokens <= 16", "tokens <= 64")], x, weight)
+    kind = _kind(x, aligned, "tokens <= 16", "tokens <= 64")
+    configs = _usable(listed(MATMUL_CONFIGS, kind, x.device), x, weight, y)
     with launching_on(x.device):
         key = (x.dtype, precision, transposed, len(configs), *_sizes(num_n, a))
         run(choose("masked_matmul", key, configs, run))
@@ -365,8 +389,8 @@ def weight_grads_(
         tiles = triton.cdiv(num_p, config.values["BLOCK_P"]) * triton.cdiv(num_q, config.values["BLOCK_Q"])
         block = config.values
         weight_grads_kernel[(tiles,)](
-            _source(grad, [block["BLOCK_N"], block["BLOCK_P"]], config),
-            _source(x, [block["BLOCK_N"], block["BLOCK_Q"]], config),
+            _operand(grad, [block["BLOCK_N"], block["BLOCK_P"]], config),
+            _operand(x, [block["BLOCK_N"], block["BLOCK_Q"]], config),
             weight,
             words,
             dscores,
@@ -396,7 +420,7 @@ def weight_grads_(
         kind = "exact"
     elif dweight is not None and "tokens" in kind:
         kind = "of the weight"
-    configs = _usable(GRADS_CONFIGS[kind], grad, x)
+    configs = _usable(listed(GRADS_CONFIGS, kind, x.device), grad, x)
     with launching_on(x.device):
         key = (x.dtype, weight.dtype, precision, accumulate, len(configs), *_sizes(x.shape[0], weight))
         run(choose("weight_grads", key, configs, rehearse), dscores, accumulate)
@@ -412,22 +436,20 @@ def _kind(x: Tensor, aligned: bool, few: str, some: str) -> str:
 
 
 def _usable(configs: list[Config], *matrices: Tensor) -> list[Config]:
-    """Return the configurations that serve matrices: the copy engine is Hopper's, and reads whole rows
-    that start at multiples of 16 bytes.
+    """Return the configurations that serve matrices: the copy engine moves whole rows that start at multiples
+    of 16 bytes.
 
     Their number belongs to what a choice depends on.
     """
-    device = matrices[0].device
-    engine = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
     rows = all(
         m.stride(1) == 1 and m.stride(0) >= m.shape[1] and m.stride(0) * m.element_size() % 16 == 0
         for m in matrices
     )
-    return [config for config in configs if (engine and rows) or not config.values["DESCRIPTORS"]]
+    return [config for config in configs if rows or not config.values["DESCRIPTORS"]]
 
 
-def _source(matrix: Tensor, tile: list[int], config: Config) -> Tensor | TensorDescriptor:
-    """Return what a kernel reads a matrix from."""
+def _operand(matrix: Tensor, tile: list[int], config: Config) -> Tensor | TensorDescriptor:
+    """Return what a kernel reads a matrix from, or writes it to."""
     return TensorDescriptor.from_tensor(matrix, tile) if config.values["DESCRIPTORS"] else matrix
 
 
@@ -484,6 +506,7 @@ def _matmul_variant(kind: str, precision: str, transposed: bool, config: Config)
         rows, columns = ("BLOCK_Q", "BLOCK_P") if transposed else ("BLOCK_P", "BLOCK_Q")
         pointers["x_ptr"] = f"tensordesc<bf16[{block['BLOCK_N']}, {block['BLOCK_Q']}]>"
         pointers["w_ptr"] = f"tensordesc<bf16[{block[rows]}, {block[columns]}]>"
+        pointers["y_ptr"] = f"tensordesc<bf16[{block['BLOCK_N']}, {block['BLOCK_P']}]>"
     constants = {
         "stride_xq": 1,
         "stride_wp" if transposed else "stride_wq": 1,
@@ -509,7 +532,7 @@ def _grads_variant(kind: str, precision: str, config: Config) -> Variant:
         "stride_xq": 1,
         "stride_wq": 1,
         "HAS_SCORES": True,
-        "HAS_WEIGHT": kind not in ("tokens <= 64", "many tokens"),
+        "HAS_WEIGHT": "tokens" not in kind,
         "HAS_BIAS": True,
         "WHOLE_WORDS": kind != "unaligned",
         "ACCUMULATE": True,
@@ -539,7 +562,7 @@ def _variant(
         config,
         pointed + numbers,
         tensor_cores=not exact,
-        minimum_architecture=90 if config.values["DESCRIPTORS"] else 80,
+        minimum_architecture=90 if kind.endswith(HOPPER) else 80,
     )
 
 

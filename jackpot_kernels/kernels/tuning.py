@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -21,6 +21,10 @@ _REPEATS = 7
 # Writes of twice the L2 before each, to keep the device busy: with 4 of them a split product, which is two
 # launches from Python, was timed by the host, and one launch that took a third longer was chosen.
 _FLUSHES = 16
+
+
+# Behind a kind of problem: its configurations for Hopper and what came after it.
+HOPPER = ", Hopper"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,12 @@ def choose(op: str, key: tuple[Any, ...], configs: Sequence[Config], run: Callab
             _remember(name, config)
         _chosen[place] = config
     return _chosen[place]
+
+
+def listed(table: Mapping[str, list[Config]], kind: str, device: torch.device) -> list[Config]:
+    """Return a table's configurations for a kind of problem; of those for Hopper, where the device is one."""
+    hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return table.get(kind + HOPPER, table[kind]) if hopper else table[kind]
 
 
 def cache_file() -> Path:
