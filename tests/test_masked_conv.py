@@ -73,9 +73,11 @@ def geometry(x, weight, options):
     return stride, dilation, options.get("groups", 1), pads
 
 
-def assert_right(y, x, weight, scores, mask, bias, options, dtype):
-    """Differentiate y and compare everything with the closed forms."""
+def assert_right(y, x, weight, scores, mask, bias, options, dtype, like_y=False):
+    """Differentiate y and compare everything with the closed forms; its gradient is contiguous, or like y."""
     grad = torch.randn(y.shape).to(y.dtype)
+    if like_y:
+        grad = torch.empty_like(y).copy_(grad)
     grads = torch.autograd.grad(y, (x, weight, scores, bias), grad)
     arrays = map(double, (x, weight, mask, bias))
     truth = conv(*arrays, lambda shape: double(grad).reshape(shape), *geometry(x, weight, options))

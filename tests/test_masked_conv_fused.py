@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import jackpot_kernels as jk
 from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, masked_conv3d, pack_mask, reference
 from jackpot_kernels.kernels import masked_conv as kernels
+from jackpot_kernels.kernels.descriptors import describe
 from jackpot_kernels.models import ResNet
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +36,10 @@ CASES = {name: case for name, case in CASES.items() if name != "3d"} | {
     "wide 1x1, stride": (2, (7, 5), 20, 17, (1, 1), {"stride": 2}),
     "stride beyond the window": (2, (11, 7), 18, 16, (2, 1), {"stride": (3, 2), "padding": 1}),
     "stride and dilation share a factor": (1, (9, 9), 17, 16, (3, 3), {"stride": 2, "dilation": 2}),
+    "rows": (3, (7, 5), 72, 48, (3, 3), {"padding": 1}),
+    "rows, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
+    "rows, few inputs": (2, (9, 9), 72, 3, (3, 3), {"padding": 2, "dilation": 2}),
+    "rows, stride": (2, (9, 9), 72, 48, (3, 3), {"padding": 1, "stride": 2}),
     "in parts": (3, (12, 13), 4, 3, (3, 3), {"padding": 1}),
     "wide, in parts": (3, (9, 10), 5, 16, (3, 2), {}),
     "1d, depthwise": (2, (9,), 6, 6, (3,), {"groups": 6, "padding": 2, "dilation": 2}),
@@ -66,13 +71,34 @@ def test_half_precision(case, dtype):
     assert y.dtype == dx.dtype == dweight.dtype == dbias.dtype == dtype and dscores.dtype == torch.float32
 
 
+@pytest.mark.parametrize("like_y", [False, True])
 @pytest.mark.parametrize("case", PLANES)
-def test_channels_last(case):
+def test_channels_last(case, like_y):
     (x, weight, scores), mask, bias, options = problem(case, channels_last=True)
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
     assert y.is_contiguous(memory_format=torch.channels_last)
-    dx, _, dscores, _ = assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
+    dx, _, dscores, _ = assert_right(y, x, weight, scores, mask, bias, options, torch.float32, like_y)
     assert dx.is_contiguous(memory_format=torch.channels_last) and dscores.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["rows", "rows, 1x1", "rows, few inputs", "rows, stride", "wide, all"])
+def test_channels_last_in_half_precision(case, dtype, monkeypatch):
+    """Outputs and gradients go through descriptors, but not for groups, nor where a stride skips places."""
+    described = []
+    monkeypatch.setattr(kernels, "describe", lambda m, *tile: described.append(m.shape) or describe(m, *tile))
+    (x, weight, scores), mask, bias, options = problem(case, dtype, channels_last=True)
+    y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
+    assert_right(y, x, weight, scores, mask, bias, options, dtype, like_y=True)
+    output, places = ((t.numel() // t.shape[1], t.shape[1]) for t in (y, x))
+    wanted = {
+        "rows": [output, places, output],
+        "rows, 1x1": [output, places],  # of the scores; the rest is a matmul
+        "rows, few inputs": [output, output],
+        "rows, stride": [output, output],
+        "wide, all": [],
+    }
+    assert described == wanted[case]
 
 
 @pytest.mark.parametrize("of_x", [False, True])

@@ -58,6 +58,23 @@ def test_fits(compiled, module, variant, architecture):
         assert set(fact["tensor_cores"]) & TENSOR_CORES[80 if few_rows else architecture]
 
 
+# What is not copied 16 bytes at a time goes to shared memory through registers in any case.
+THROUGH_REGISTERS = re.compile("unaligned|scattered|few channels")
+MASKED = ("masked_matmul_kernel", "conv_fwd_kernel", "conv_dx_kernel")
+
+
+@pytest.mark.parametrize(
+    "module, variant, architecture",
+    [
+        pytest.param(m, v, a, id=f"{m}: {v.name}, sm_{a}")
+        for m, v, a in collect()
+        if v.kernel.__name__ in MASKED and not THROUGH_REGISTERS.search(v.name)
+    ],
+)
+def test_a_masked_weight_stays_in_registers(compiled, module, variant, architecture):
+    assert compiled[module, variant.name, architecture]["shared_stores"] == 0
+
+
 def test_every_problem_has_a_configuration_for_devices_with_less_shared_memory(compiled):
     """Devices of capability 8.6, 8.9 and 12.0 have 99 KiB for a block."""
     least = {}

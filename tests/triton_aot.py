@@ -3,7 +3,8 @@
     python tests/triton_aot.py SHARD SHARDS
 
 Prints a JSON list: of each variant and architecture its bytes of shared memory, registers, bytes of stack and
-local memory in a thread, and the names of the tensor-core instructions.
+local memory in a thread, the names of the tensor-core instructions, and how often registers are stored to
+shared memory before the last of these.
 """
 
 import json
@@ -16,6 +17,7 @@ from importlib import import_module
 ARCHITECTURES = (80, 90, 100)
 MODULES = ("masked_linear", "masked_conv")
 TENSOR_CORE_INSTRUCTION = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
+SHARED_STORE = r"st\.shared(?!::cluster)|stmatrix"
 
 
 def collect():
@@ -63,6 +65,7 @@ def usage(cubin):
 def facts(module, variant, architecture):
     built = build(variant, architecture)
     used = usage(built.asm["cubin"])
+    *products, _ = re.split(TENSOR_CORE_INSTRUCTION, built.asm["ptx"])
     return {
         "module": module,
         "name": variant.name,
@@ -72,6 +75,7 @@ def facts(module, variant, architecture):
         "stack": used["STACK"],
         "local": used["LOCAL"],
         "tensor_cores": sorted(set(re.findall(TENSOR_CORE_INSTRUCTION, built.asm["ptx"]))),
+        "shared_stores": len(re.findall(SHARED_STORE, "".join(products))),
     }
 
 

@@ -27,7 +27,7 @@ def bit_values(words_ptr, size):
 
     Triton makes an operand of a product in the very registers where the product wants it if all that it is
     made of was loaded. With an ``arange`` in it, a masked weight went through shared memory in each step: a
-    third more instructions, and a barrier more, in a matmul's loop for sm_90.
+    third more instructions, and a barrier more, in a matmul's loop for sm_90 (tests/test_triton_compile.py).
 
     Args:
         words_ptr: anything that is not read.

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import launching_on
+from jackpot_kernels.kernels.descriptors import describe, has_copy_engine, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
 from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
@@ -42,7 +43,7 @@ def conv_fwd_kernel(
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
     words_ptr,  # [groups * F, KERNEL_H * KERNEL_W, ceil(C / 32)]; or, FLAT, as w, rows padded
     bias_ptr,  # [groups * F]
-    y_ptr,  # [N, groups * F, P, Q]
+    y_ptr,  # [N, groups * F, P, Q]; where DESCRIPTOR, it describes tiles of [N * P * Q, F]
     N,
     H,
     W,
@@ -71,6 +72,7 @@ def conv_fwd_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     FLAT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -111,9 +113,12 @@ def conv_fwd_kernel(
 
     if HAS_BIAS:
         b_y += tl.load(bias_ptr + o_o, mask=m_o, other=0).to(tl.float32)[:, None]
-    o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
-    p_y = (y_ptr + image * stride_yn)[None, :] + o_y
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
+    if DESCRIPTOR:
+        y_ptr.store([i_p * BLOCK_N, i_o * BLOCK_M], tl.trans(b_y.to(y_ptr.dtype)))
+    else:
+        o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
+        p_y = (y_ptr + image * stride_yn)[None, :] + o_y
+        tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -121,7 +126,7 @@ def conv_dx_kernel(
     dy_ptr,  # [N, groups * F, P, Q]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
     words_ptr,  # [groups * F, KERNEL_H * KERNEL_W, ceil(C / 32)]
-    dx_ptr,  # [N, groups * C, H, W]
+    dx_ptr,  # [N, groups * C, H, W]; where DESCRIPTOR, it describes tiles of [N * H * W, C]
     N,
     H,
     W,
@@ -152,6 +157,7 @@ def conv_dx_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     FLAT: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -199,15 +205,18 @@ def conv_dx_kernel(
         b_dy = tl.load(p_dy[None, :] + o_y[:, None], mask=m_y, other=0)  # [BLOCK_K, BLOCK_N]
         b_dx = dot(b_w, b_dy, b_dx, PRECISION)
 
-    o_x = ((i_group * C + o_c) * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)[None, :]
-    p_dx = (dx_ptr + image * stride_xn)[None, :] + o_x
-    tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
+    if DESCRIPTOR:
+        dx_ptr.store([i_p * BLOCK_N, i_c * BLOCK_M], tl.trans(b_dx.to(dx_ptr.dtype)))
+    else:
+        o_x = ((i_group * C + o_c) * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)[None, :]
+        p_dx = (dx_ptr + image * stride_xn)[None, :] + o_x
+        tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_weight_grads_kernel(
-    dy_ptr,  # [N, groups * F, P, Q]
-    x_ptr,  # [N, groups * C, H, W]
+    dy_ptr,  # [N, groups * F, P, Q]; where DY_DESCRIPTOR, it describes tiles of [N * P * Q, F]
+    x_ptr,  # [N, groups * C, H, W]; where X_DESCRIPTOR, it describes tiles of [N * H * W, C]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
     words_ptr,
     dscores_ptr,  # as w, contiguous, float32
@@ -243,6 +252,8 @@ def conv_weight_grads_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     FLAT: tl.constexpr,
+    DY_DESCRIPTOR: tl.constexpr,
+    X_DESCRIPTOR: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_PARTS: tl.constexpr,
@@ -265,19 +276,26 @@ def conv_weight_grads_kernel(
     m_o, m_c = o_o < F, o_c < C
     o_o += i_group * F
     image, p, q = positions(i_part * part, P, Q, BLOCK_K)
-    p_x = x_ptr + i_group * C * stride_xc
 
     b_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(part // BLOCK_K):
+    for step in range(part // BLOCK_K):
+        place = (i_part * part).to(tl.int32) + step * BLOCK_K
         m_n = image < N
-        o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
-        p_dy = (dy_ptr + image * stride_yn)[None, :] + o_y
-        b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
-        h = (p * step_h - pad_h)[:, None] + (r * dilation_h)[None, :]
-        w = (q * step_w - pad_w)[:, None] + (s * dilation_w)[None, :]
-        m_x = within(h, H) & within(w, W) & m_n[:, None] & m_c[None, :]
-        o_x = (o_c * stride_xc)[None, :] + (h * stride_xh + w * stride_xw)
-        b_x = tl.load((p_x + image * stride_xn)[:, None] + o_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
+        if DY_DESCRIPTOR:
+            b_dy = tl.trans(dy_ptr.load([place, i_o * BLOCK_M]))
+        else:
+            o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
+            p_dy = (dy_ptr + image * stride_yn)[None, :] + o_y
+            b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
+        if X_DESCRIPTOR:
+            b_x = x_ptr.load([place, i_c * BLOCK_N])
+        else:
+            h = (p * step_h - pad_h)[:, None] + (r * dilation_h)[None, :]
+            w = (q * step_w - pad_w)[:, None] + (s * dilation_w)[None, :]
+            m_x = within(h, H) & within(w, W) & m_n[:, None] & m_c[None, :]
+            o_x = (o_c * stride_xc)[None, :] + (h * stride_xh + w * stride_xw)
+            p_x = (x_ptr + i_group * C * stride_xc + image * stride_xn)[:, None] + o_x
+            b_x = tl.load(p_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
         b_g = dot(b_dy, b_x, b_g, PRECISION)
         image, p, q = advanced(image, p, q, P, Q, BLOCK_K)
 
@@ -714,6 +732,7 @@ def masked_conv_(
     groups, inputs, outputs = _channels(weight, geometry)
     num_places = y.numel() // y.shape[1]
     flat = inputs < _FEW_CHANNELS
+    rows = _rows(y, groups)
 
     def run_depthwise(config: Config) -> None:
         depthwise_fwd_kernel[(_tiles(groups * outputs, num_places, config),)](
@@ -740,7 +759,7 @@ def masked_conv_(
             weight,
             words,
             bias,
-            y,
+            y if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
             *_sizes(x, y),
             inputs,
             outputs,
@@ -750,6 +769,7 @@ def masked_conv_(
             *_window(geometry),
             **_kernel_size(weight),
             FLAT=flat,
+            DESCRIPTOR=rows is not None,
             HAS_BIAS=bias is not None,
             PRECISION=_precision(x),
             **config.options,
@@ -782,6 +802,7 @@ def masked_conv_input_grad_(
     num_images, _, height, width = dx.shape
     stride, _, dilation, _ = geometry
     flat = outputs < _FEW_CHANNELS
+    rows = _rows(dx, groups) if math.prod(stride) == 1 else None
 
     def run_depthwise(config: Config) -> None:
         depthwise_dx_kernel[(_tiles(groups, num_images * height * width, config),)](
@@ -807,7 +828,7 @@ def masked_conv_input_grad_(
             grad,
             weight,
             words,
-            dx,
+            dx if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
             *_sizes(dx, grad),
             inputs,
             outputs,
@@ -818,6 +839,7 @@ def masked_conv_input_grad_(
             *(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
             **_kernel_size(weight),
             FLAT=flat,
+            DESCRIPTOR=rows is not None,
             PRECISION=_precision(grad),
             **config.options,
         )
@@ -861,6 +883,9 @@ def masked_conv_weight_grads_(
     num_places = grad.numel() // grad.shape[1]
     flat = inputs < _FEW_CHANNELS
     num_taps = weight.shape[2] * weight.shape[3]
+    dy_rows = _rows(grad, groups)
+    same_places = num_taps == 1 and not any(geometry[1]) and x.shape[2:] == grad.shape[2:]
+    x_rows = _rows(x, groups) if same_places else None
 
     def sum_parts(parts: Tensor, dscores: Tensor | None, accumulate: bool) -> None:
         conv_sum_parts_kernel[(triton.cdiv(weight.numel(), 1024),)](
@@ -904,9 +929,10 @@ def masked_conv_weight_grads_(
         tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
         num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config)
         parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
+        block = config.values
         conv_weight_grads_kernel[(tiles, groups, num_parts)](
-            grad,
-            x,
+            grad if dy_rows is None else describe(dy_rows, block["BLOCK_K"], block["BLOCK_M"]),
+            x if x_rows is None else describe(x_rows, block["BLOCK_K"], block["BLOCK_N"]),
             weight,
             words,
             dscores,
@@ -923,6 +949,8 @@ def masked_conv_weight_grads_(
             part,
             **_kernel_size(weight),
             FLAT=flat,
+            DY_DESCRIPTOR=dy_rows is not None,
+            X_DESCRIPTOR=x_rows is not None,
             HAS_SCORES=dscores is not None,
             HAS_WEIGHT=dweight is not None,
             HAS_PARTS=parts is not None,
@@ -1010,6 +1038,18 @@ def _listed_as(kind: str, scattered: bool) -> str:
     return f"{kind} scattered" if scattered and kind != "ieee" else kind
 
 
+def _rows(images: Tensor, groups: int) -> Tensor | None:
+    """Return the places of images by their channels, if tiles of them may be written by a descriptor.
+
+    Otherwise they leave the registers of a product in 16 steps with a barrier before and after each.
+    """
+    dense = images.is_contiguous(memory_format=torch.channels_last) and images.dtype != torch.float32
+    if not (dense and groups == 1 and has_copy_engine(images.device)):
+        return None
+    rows = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    return rows if has_whole_rows(rows) and len(rows) < 2**31 else None
+
+
 def _tiles(rows: int, columns: int, config: Config) -> int:
     """Return how many blocks of BLOCK_M rows and BLOCK_N columns there are."""
     return int(triton.cdiv(rows, config.values["BLOCK_M"]) * triton.cdiv(columns, config.values["BLOCK_N"]))
@@ -1054,9 +1094,10 @@ def _key(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Any,
 def variants() -> Iterator[Variant]:
     """Yield every kernel under every configuration, as launches of a 3 x 3 window would compile it."""
     grads = {"HAS_SCORES": True, "ACCUMULATE": True, "HAS_PARTS": False}
+    grads |= {"DY_DESCRIPTOR": False, "X_DESCRIPTOR": False}
     for kernel, table, constants in (
-        (conv_fwd_kernel, FORWARD_CONFIGS, {"HAS_BIAS": True}),
-        (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1}),
+        (conv_fwd_kernel, FORWARD_CONFIGS, {"HAS_BIAS": True, "DESCRIPTOR": False}),
+        (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1, "DESCRIPTOR": False}),
         (conv_weight_grads_kernel, WEIGHT_CONFIGS, grads),
     ):
         for kind, (layout, scattered) in product(("half", "tf32", "ieee"), _LAYOUTS.items()):
@@ -1067,6 +1108,10 @@ def variants() -> Iterator[Variant]:
             for hopper in (False, True):
                 for config in table.get(listed_as + HOPPER * hopper, []):
                     yield _variant(kernel, kind, layout, constants | of_kind, config, hopper)
+                    if kind != "half" or listed_as + HOPPER * (not hopper) in table:
+                        continue
+                    for described in _DESCRIBED[kernel]:
+                        yield _variant(kernel, kind, layout, constants | of_kind | described, config, True)
     for layout in ("channels_last", "scattered"):
         constants = {"MULTIPLIER": 1}
         with_bias = constants | {"HAS_BIAS": True}
@@ -1083,6 +1128,19 @@ def variants() -> Iterator[Variant]:
     yield Variant("realign", realign_kernel, signature, constants, Config({}, 4, 3), tensor_cores=False)
 
 
+# What a descriptor takes the place of, and its tiles.
+_TILES = {
+    (conv_fwd_kernel, "DESCRIPTOR"): ("y_ptr", "BLOCK_N", "BLOCK_M"),
+    (conv_dx_kernel, "DESCRIPTOR"): ("dx_ptr", "BLOCK_N", "BLOCK_M"),
+    (conv_weight_grads_kernel, "DY_DESCRIPTOR"): ("dy_ptr", "BLOCK_K", "BLOCK_M"),
+    (conv_weight_grads_kernel, "X_DESCRIPTOR"): ("x_ptr", "BLOCK_K", "BLOCK_N"),
+}
+# What a kernel reads or writes by descriptor where it may.
+_DESCRIBED: dict[Any, list[dict[str, bool]]] = {
+    conv_fwd_kernel: [{"DESCRIPTOR": True}],
+    conv_dx_kernel: [{"DESCRIPTOR": True}],
+    conv_weight_grads_kernel: [{"DY_DESCRIPTOR": True}, {"DY_DESCRIPTOR": True, "X_DESCRIPTOR": True}],
+}
 # Whether the channels of a layout are scattered, at least for the kernels.
 _LAYOUTS = {"channels_last": False, "scattered": True, "few channels": True}
 
@@ -1099,10 +1157,15 @@ def _variant(
     types |= dict.fromkeys(constants | config.values, "constexpr")
     element = "bf16" if kind == "half" else "fp32"
     signature = {name: types.get(name, f"*{element}" if name.endswith("_ptr") else "i32") for name in names}
-    pointers = tuple(name for name in names if name.endswith("_ptr"))
+    described = [name for name, value in constants.items() if name.endswith("DESCRIPTOR") and value]
+    block = config.values
+    for name in described:
+        pointer, rows, columns = _TILES[kernel, name]
+        signature[pointer] = f"tensordesc<{element}[{block[rows]}, {block[columns]}]>"
+    pointers = tuple(name for name in names if signature[name].startswith("*"))
     numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
-    sizes = "x".join(str(size) for size in config.values.values())
-    problem = f"{kind}, {layout}{HOPPER * hopper}"
+    sizes = "x".join(map(str, block.values()))
+    problem = ", ".join([f"{kind}, {layout}{HOPPER * hopper}", *map(str.lower, described)])
     return Variant(
         f"{kernel.__name__}, {problem}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
         kernel,

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jackpot_kernels.kernels.availability import launching_on
+from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_tile, keep_tile_anywhere
 from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
@@ -323,14 +324,13 @@ def masked_matmul(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None,
         parts = y if splits == 1 else x.new_empty(splits, num_n, num_p, dtype=torch.float32)
         tiles = triton.cdiv(num_p, config.values["BLOCK_P"]) * triton.cdiv(num_n, config.values["BLOCK_N"])
         block = config.values
-        x_tile, w_tile = [block["BLOCK_N"], block["BLOCK_Q"]], [block["BLOCK_P"], block["BLOCK_Q"]]
-        y_tile = [block["BLOCK_N"], block["BLOCK_P"]]
+        p, q, n = block["BLOCK_P"], block["BLOCK_Q"], block["BLOCK_N"]
         masked_matmul_kernel[(tiles, splits)](
-            _operand(x, x_tile, config),
-            _operand(weight, w_tile[::-1] if transposed else w_tile, config),
+            _operand(x, n, q, config),
+            _operand(weight, *((q, p) if transposed else (p, q)), config),
             words,
             bias,
-            _operand(parts, y_tile, config),
+            _operand(parts, n, p, config),
             num_n,
             num_p,
             num_q,
@@ -389,8 +389,8 @@ def weight_grads_(
         tiles = triton.cdiv(num_p, config.values["BLOCK_P"]) * triton.cdiv(num_q, config.values["BLOCK_Q"])
         block = config.values
         weight_grads_kernel[(tiles,)](
-            _operand(grad, [block["BLOCK_N"], block["BLOCK_P"]], config),
-            _operand(x, [block["BLOCK_N"], block["BLOCK_Q"]], config),
+            _operand(grad, block["BLOCK_N"], block["BLOCK_P"], config),
+            _operand(x, block["BLOCK_N"], block["BLOCK_Q"], config),
             weight,
             words,
             dscores,
@@ -436,21 +436,14 @@ def _kind(x: Tensor, aligned: bool, few: str, some: str) -> str:
 
 
 def _usable(configs: list[Config], *matrices: Tensor) -> list[Config]:
-    """Return the configurations that serve matrices: the copy engine moves whole rows that start at multiples
-    of 16 bytes.
-
-    Their number belongs to what a choice depends on.
-    """
-    rows = all(
-        m.stride(1) == 1 and m.stride(0) >= m.shape[1] and m.stride(0) * m.element_size() % 16 == 0
-        for m in matrices
-    )
-    return [config for config in configs if rows or not config.values["DESCRIPTORS"]]
+    """Return the configurations that serve matrices; their number belongs to what a choice depends on."""
+    whole = all(map(has_whole_rows, matrices))
+    return [config for config in configs if whole or not config.values["DESCRIPTORS"]]
 
 
-def _operand(matrix: Tensor, tile: list[int], config: Config) -> Tensor | TensorDescriptor:
+def _operand(matrix: Tensor, rows: int, columns: int, config: Config) -> Tensor | TensorDescriptor:
     """Return what a kernel reads a matrix from, or writes it to."""
-    return TensorDescriptor.from_tensor(matrix, tile) if config.values["DESCRIPTORS"] else matrix
+    return describe(matrix, rows, columns) if config.values["DESCRIPTORS"] else matrix
 
 
 def _sizes(num_tokens: int, matrix: Tensor) -> tuple[int, ...]:

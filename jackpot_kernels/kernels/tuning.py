@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from jackpot_kernels.kernels.descriptors import has_copy_engine
+
 # Launches that are timed for each configuration, after one that compiles it.
 _REPEATS = 7
 # Writes of twice the L2 before each, to keep the device busy: with 4 of them a split product, which is two
@@ -92,8 +94,7 @@ def choose(op: str, key: tuple[Any, ...], configs: Sequence[Config], run: Callab
 
 def listed(table: Mapping[str, list[Config]], kind: str, device: torch.device) -> list[Config]:
     """Return a table's configurations for a kind of problem; of those for Hopper, where the device is one."""
-    hopper = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
-    return table.get(kind + HOPPER, table[kind]) if hopper else table[kind]
+    return table.get(kind + HOPPER, table[kind]) if has_copy_engine(device) else table[kind]
 
 
 def cache_file() -> Path:

@@ -1,0 +1,22 @@
+"""Matrices as the copy engine of Hopper and what came after it moves them, a tile at a time."""
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Tell whether a device is Hopper or came after it, as Triton's interpreter passes for."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_whole_rows(matrix: Tensor) -> bool:
+    """Tell whether rows lie one behind the other and start at multiples of 16 bytes."""
+    row, column = matrix.stride()
+    starts_aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
+    return column == 1 and row >= matrix.shape[1] and starts_aligned
+
+
+def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Return what a kernel loads and stores tiles of ``rows`` by ``columns`` with."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
