@@ -5,11 +5,12 @@ import test_masked_conv
 import torch
 from closed_forms import assert_near, conv, double
 from test_masked_conv import FLOATS, MASKED, geometry, plain, problem
-from test_masked_conv_fused import CASES
+from test_masked_conv_fused import CASES, DENSE
 from torch import nn
 
 import jackpot_kernels as jk
 from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, reference
+from jackpot_kernels.kernels import masked_conv as kernels
 from jackpot_kernels.models import ResNet
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,7 @@ LARGE = {
     "depthwise": (8, (28, 28), 128, 128, (3, 3), {"padding": 1, "groups": 128}),
     "first": (8, (64, 64), 64, 3, (7, 7), {"padding": 3, "stride": 2}),
 }
-CASES = CASES | {f"large, {name}": case for name, case in LARGE.items()}
+CASES = CASES | DENSE | {f"large, {name}": case for name, case in LARGE.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,17 @@ def results(tensors, mask, bias, grad, options, backend="fused"):
     return (y, *torch.autograd.grad(y, (x, weight, scores, bias), grad)), grad
 
 
+def assert_right_on_device(tensors, mask, bias, options, eps):
+    """Compare a result and its gradients with the closed forms, by the error that PyTorch makes."""
+    ours, grad = results(tensors, mask, bias, None, options)
+    x, weight, _ = tensors
+    theirs = plain(x, weight, mask, bias, grad, options)
+    arrays = (double(t.cpu()) for t in (x, weight, mask, bias))
+    truth = conv(*arrays, lambda _: double(grad.cpu()), *geometry(x, weight, options))
+    for our, their, true in zip(ours, theirs, truth, strict=True):
+        assert_near(our.cpu(), their.cpu(), true, eps)
+
+
 @pytest.mark.parametrize(
     "case, dtype, channels_last, tf32",
     [
@@ -63,16 +75,20 @@ def results(tensors, mask, bias, grad, options, backend="fused"):
 def test_matches_closed_form(case, dtype, channels_last, tf32, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    tensors, mask, bias, options = device_problem(case, dtype, channels_last)
-    ours, grad = results(tensors, mask, bias, None, options)
-    x, weight, _ = tensors
-    theirs = plain(x, weight, mask, bias, grad, options)
-    arrays = (double(t.cpu()) for t in (x, weight, mask, bias))
-    truth = conv(*arrays, lambda _: double(grad.cpu()), *geometry(x, weight, options))
     # cuDNN may use full precision where it is allowed less.
     eps = torch.float16 if dtype == torch.float32 and tf32 else dtype
-    for our, their, true in zip(ours, theirs, truth, strict=True):
-        assert_near(our.cpu(), their.cpu(), true, eps)
+    assert_right_on_device(*device_problem(case, dtype, channels_last), eps)
+
+
+@pytest.mark.parametrize("choice", range(7))
+@pytest.mark.parametrize(
+    "case", ["large, 64 channels", "large, stride", "dense, padding", "dense, far padding", "dense, 1x1"]
+)
+def test_every_configuration_for_dense_channels(case, choice, monkeypatch):
+    monkeypatch.setattr(
+        kernels, "choose", lambda op, key, configs, run: configs[min(choice, len(configs) - 1)]
+    )
+    assert_right_on_device(*device_problem(case, torch.bfloat16, True), torch.bfloat16)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -1,5 +1,8 @@
 """The Triton kernels of the convolution through the public functions and layers, in Triton's interpreter."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from closed_forms import assert_near, conv, double
@@ -12,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import jackpot_kernels as jk
 from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, masked_conv3d, pack_mask, reference
 from jackpot_kernels.kernels import masked_conv as kernels
-from jackpot_kernels.kernels.descriptors import describe
+from jackpot_kernels.kernels.boxed_conv import box_of, is_boxed, num_boxes
 from jackpot_kernels.models import ResNet
 
 pytestmark = pytest.mark.skipif(
@@ -36,10 +39,6 @@ CASES = {name: case for name, case in CASES.items() if name != "3d"} | {
     "wide 1x1, stride": (2, (7, 5), 20, 17, (1, 1), {"stride": 2}),
     "stride beyond the window": (2, (11, 7), 18, 16, (2, 1), {"stride": (3, 2), "padding": 1}),
     "stride and dilation share a factor": (1, (9, 9), 17, 16, (3, 3), {"stride": 2, "dilation": 2}),
-    "rows": (3, (7, 5), 72, 48, (3, 3), {"padding": 1}),
-    "rows, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
-    "rows, few inputs": (2, (9, 9), 72, 3, (3, 3), {"padding": 2, "dilation": 2}),
-    "rows, stride": (2, (9, 9), 72, 48, (3, 3), {"padding": 1, "stride": 2}),
     "in parts": (3, (12, 13), 4, 3, (3, 3), {"padding": 1}),
     "wide, in parts": (3, (9, 10), 5, 16, (3, 2), {}),
     "1d, depthwise": (2, (9,), 6, 6, (3,), {"groups": 6, "padding": 2, "dilation": 2}),
@@ -81,24 +80,50 @@ def test_channels_last(case, like_y):
     assert dx.is_contiguous(memory_format=torch.channels_last) and dscores.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["rows", "rows, 1x1", "rows, few inputs", "rows, stride", "wide, all"])
-def test_channels_last_in_half_precision(case, dtype, monkeypatch):
-    """Outputs and gradients go through descriptors, but not for groups, nor where a stride skips places."""
-    described = []
-    monkeypatch.setattr(kernels, "describe", lambda m, *tile: described.append(m.shape) or describe(m, *tile))
-    (x, weight, scores), mask, bias, options = problem(case, dtype, channels_last=True)
+# Of dense channels in half precision: outputs are written by descriptor, and some computed box by box.
+DENSE = {
+    "dense, padding": (3, (7, 5), 72, 48, (3, 3), {"padding": 1}),
+    "dense, no padding": (2, (6, 6), 144, 144, (3, 2), {"dilation": (1, 2)}),
+    "dense, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
+    "dense, far padding": (1, (3, 4), 16, 16, (2, 2), {"padding": 5, "dilation": 3}),
+    "dense, one place": (1, (1, 1), 24, 16, (3, 3), {"padding": 1}),
+    "dense, many images": (70, (2, 2), 16, 16, (3, 3), {"padding": 1}),
+    "dense, few inputs": (2, (9, 9), 72, 3, (3, 3), {"padding": 2, "dilation": 2}),
+    "dense, stride": (2, (9, 9), 72, 48, (3, 3), {"padding": 1, "stride": 2}),
+    "dense, groups": (1, (5, 4), 32, 64, (3, 3), {"padding": 1, "groups": 2}),
+}
+
+UNBOXED = {"dense, few inputs", "dense, stride", "dense, groups"}
+
+
+@pytest.mark.parametrize(
+    "case, choice",
+    [(case, i) for case in DENSE for i in (range(7) if case == "dense, no padding" else (0, 6))],
+)
+def test_dense_channels_in_half_precision(case, choice, monkeypatch):
+    """Whichever configuration is chosen; of shorter lists, the last."""
+    served_by_boxes = set()
+
+    def choose(op, key, configs, run):
+        served_by_boxes.add(any(map(is_boxed, configs)))
+        return configs[min(choice, len(configs) - 1)]
+
+    monkeypatch.setattr("test_masked_conv.CASES", DENSE)
+    monkeypatch.setattr(kernels, "choose", choose)
+    (x, weight, scores), mask, bias, options = problem(case, torch.bfloat16, channels_last=True)
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
-    assert_right(y, x, weight, scores, mask, bias, options, dtype, like_y=True)
-    output, places = ((t.numel() // t.shape[1], t.shape[1]) for t in (y, x))
-    wanted = {
-        "rows": [output, places, output],
-        "rows, 1x1": [output, places],  # of the scores; the rest is a matmul
-        "rows, few inputs": [output, output],
-        "rows, stride": [output, output],
-        "wide, all": [],
-    }
-    assert described == wanted[case]
+    dx = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16, like_y=True)[0]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx))
+    assert served_by_boxes == {case not in UNBOXED}
+
+
+@pytest.mark.parametrize("places", [1, 64, 256])
+def test_boxes_are_the_fewest(places):
+    for size in [(1, 1, 1), (256, 7, 7), (3, 8, 32), (5, 56, 56), (100, 14, 14), (2, 1, 1000)]:
+        box = box_of(*size, places)
+        assert math.prod(box) == places and all(side & (side - 1) == 0 for side in box)
+        others = product(*([2**i for i in range(places.bit_length())] for _ in range(3)))
+        assert num_boxes(size, box) == min(num_boxes(size, o) for o in others if math.prod(o) == places)
 
 
 @pytest.mark.parametrize("of_x", [False, True])
@@ -216,14 +241,13 @@ def test_repeats_bit_for_bit(case):
 
 
 def test_sums_in_parts_have_parts():
-    config = kernels.WEIGHT_CONFIGS["tf32"][0]
-    block = config.values["BLOCK_K"]
+    block = 32
     for places in (1, 127, 128, 129, 5000, 10**9):
-        num_parts, part = kernels._parts(places, 100, 3, config)
+        num_parts, part = kernels._parts(places, 100, 3, block)
         assert part % block == 0 and (num_parts - 1) * part < places <= num_parts * part
-    assert kernels._parts(3 * 12 * 13, 100, 1, config)[0] > 2
-    assert kernels._parts(0, 100, 1, config) == (1, block)
-    assert kernels._parts(10**6, 2**20, 1, config)[0] == 2
+    assert kernels._parts(3 * 12 * 13, 100, 1, block)[0] > 2
+    assert kernels._parts(0, 100, 1, block) == (1, block)
+    assert kernels._parts(10**6, 2**20, 1, block)[0] == 2
 
 
 @pytest.mark.parametrize("case", ["1d", "2d all", "wide 1x1", "depthwise"])

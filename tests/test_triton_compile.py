@@ -60,7 +60,7 @@ def test_fits(compiled, module, variant, architecture):
 
 # What is not copied 16 bytes at a time goes to shared memory through registers in any case.
 THROUGH_REGISTERS = re.compile("unaligned|scattered|few channels")
-MASKED = ("masked_matmul_kernel", "conv_fwd_kernel", "conv_dx_kernel")
+MASKED = ("masked_matmul_kernel", "conv_fwd_kernel", "conv_dx_kernel", "boxed_conv_kernel")
 
 
 @pytest.mark.parametrize(

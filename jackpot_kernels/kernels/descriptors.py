@@ -1,4 +1,4 @@
-"""Matrices as the copy engine of Hopper and what came after it moves them, a tile at a time."""
+"""Tensors as the copy engine of Hopper and what came after it moves them, a tile at a time."""
 
 import torch
 from torch import Tensor
@@ -17,6 +17,6 @@ def has_whole_rows(matrix: Tensor) -> bool:
     return column == 1 and row >= matrix.shape[1] and starts_aligned
 
 
-def describe(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Return what a kernel loads and stores tiles of ``rows`` by ``columns`` with."""
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+def describe(tensor: Tensor, *tile: int) -> TensorDescriptor:
+    """Return what a kernel loads and stores tiles of a tensor with."""
+    return TensorDescriptor.from_tensor(tensor, list(tile))

@@ -14,7 +14,7 @@ and F outputs are those of one group; offsets within an image or the weight fit 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -24,8 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import launching_on
+from jackpot_kernels.kernels.boxed_conv import (
+    GRADS_CONFIGS,
+    PRODUCT_CONFIGS,
+    Geometry,
+    box_of,
+    boxable,
+    boxed_conv_,
+    boxed_conv_grads_,
+    is_boxed,
+    num_boxes,
+)
 from jackpot_kernels.kernels.descriptors import describe, has_copy_engine, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
+from jackpot_kernels.kernels.grad_tiles import write_grads, write_tile
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
 from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
 
@@ -215,8 +227,8 @@ def conv_dx_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def conv_weight_grads_kernel(
-    dy_ptr,  # [N, groups * F, P, Q]; where DY_DESCRIPTOR, it describes tiles of [N * P * Q, F]
-    x_ptr,  # [N, groups * C, H, W]; where X_DESCRIPTOR, it describes tiles of [N * H * W, C]
+    dy_ptr,  # [N, groups * F, P, Q]
+    x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
     words_ptr,
     dscores_ptr,  # as w, contiguous, float32
@@ -252,8 +264,6 @@ def conv_weight_grads_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     FLAT: tl.constexpr,
-    DY_DESCRIPTOR: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr,
     HAS_SCORES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_PARTS: tl.constexpr,
@@ -278,48 +288,38 @@ def conv_weight_grads_kernel(
     image, p, q = positions(i_part * part, P, Q, BLOCK_K)
 
     b_g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(part // BLOCK_K):
-        place = (i_part * part).to(tl.int32) + step * BLOCK_K
+    for _ in range(part // BLOCK_K):
         m_n = image < N
-        if DY_DESCRIPTOR:
-            b_dy = tl.trans(dy_ptr.load([place, i_o * BLOCK_M]))
-        else:
-            o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
-            p_dy = (dy_ptr + image * stride_yn)[None, :] + o_y
-            b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
-        if X_DESCRIPTOR:
-            b_x = x_ptr.load([place, i_c * BLOCK_N])
-        else:
-            h = (p * step_h - pad_h)[:, None] + (r * dilation_h)[None, :]
-            w = (q * step_w - pad_w)[:, None] + (s * dilation_w)[None, :]
-            m_x = within(h, H) & within(w, W) & m_n[:, None] & m_c[None, :]
-            o_x = (o_c * stride_xc)[None, :] + (h * stride_xh + w * stride_xw)
-            p_x = (x_ptr + i_group * C * stride_xc + image * stride_xn)[:, None] + o_x
-            b_x = tl.load(p_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
+        o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
+        p_dy = (dy_ptr + image * stride_yn)[None, :] + o_y
+        b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
+        h = (p * step_h - pad_h)[:, None] + (r * dilation_h)[None, :]
+        w = (q * step_w - pad_w)[:, None] + (s * dilation_w)[None, :]
+        m_x = within(h, H) & within(w, W) & m_n[:, None] & m_c[None, :]
+        o_x = (o_c * stride_xc)[None, :] + (h * stride_xh + w * stride_xw)
+        p_x = (x_ptr + i_group * C * stride_xc + image * stride_xn)[:, None] + o_x
+        b_x = tl.load(p_x, mask=m_x, other=0)  # [BLOCK_K, BLOCK_N]
         b_g = dot(b_dy, b_x, b_g, PRECISION)
         image, p, q = advanced(image, p, q, P, Q, BLOCK_K)
 
     index = o_o[:, None] * (C * TAPS) + (o_c * TAPS + tap)[None, :]
     o_w = o_o[:, None] * stride_wo + (o_c * stride_wc + (r * stride_wr + s * stride_ws))[None, :]
-    m_w = m_o[:, None] & m_c[None, :]
-    if HAS_PARTS:
-        tl.store(parts_ptr + i_part * (groups * F * C * TAPS) + index, b_g, mask=m_w)
-    else:
-        # Half a tile at a time: the addresses of a whole one do not fit in registers.
-        for i in tl.static_range(2):
-            write_grads(
-                halves(b_g)[i],
-                halves(index)[i],
-                halves(o_w)[i],
-                halves(m_w)[i],
-                w_ptr,
-                words_ptr,
-                dscores_ptr,
-                dweight_ptr,
-                HAS_SCORES,
-                HAS_WEIGHT,
-                ACCUMULATE,
-            )
+    write_tile(
+        b_g,
+        index,
+        o_w,
+        m_o[:, None] & m_c[None, :],
+        i_part * (groups * F * C * TAPS),
+        parts_ptr,
+        w_ptr,
+        words_ptr,
+        dscores_ptr,
+        dweight_ptr,
+        HAS_SCORES,
+        HAS_WEIGHT,
+        HAS_PARTS,
+        ACCUMULATE,
+    )
 
 
 @triton.jit(do_not_specialize=["size", "num_parts"])
@@ -621,40 +621,6 @@ def taps_that_see(place, step, dilation, KERNEL: tl.constexpr):
     return count, first
 
 
-@triton.jit
-def halves(tile):  # [M, N] -> [M, N / 2], [M, N / 2]
-    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
-    return tl.split(tl.permute(pairs, [0, 2, 1]))
-
-
-@triton.jit
-def write_grads(
-    b_g,
-    index,
-    o_w,
-    inside,
-    w_ptr,
-    words_ptr,
-    dscores_ptr,
-    dweight_ptr,
-    HAS_SCORES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-):
-    """Write G at logical indices as ``G * weight`` (Eq. 6, 18), as ``G * mask`` (Eq. 31), or as both."""
-    if HAS_SCORES:
-        b_scores = b_g * tl.load(w_ptr + o_w, mask=inside, other=0).to(tl.float32)
-        if ACCUMULATE:
-            b_scores += tl.load(dscores_ptr + index, mask=inside, other=0)
-        tl.store(dscores_ptr + index, b_scores, mask=inside)
-    if HAS_WEIGHT:
-        b_weight = tl.where(keep_bits(words_ptr, index, inside), b_g, 0)
-        tl.store(dweight_ptr + index, b_weight.to(dweight_ptr.dtype.element_ty), mask=inside)
-
-
-# Stride, padding and dilation, each of rows and columns, and groups.
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-
 # Fewer channels than this leave most of a step empty that takes them for one tap.
 _FEW_CHANNELS = 16
 # Sums over positions are split until so many programs share them: two for each multiprocessor of an H200.
@@ -678,7 +644,6 @@ FORWARD_CONFIGS = {
     "half, Hopper": [
         _config(128, 128, 64, 8, 3),
         _config(128, 256, 64, 8, 3),
-        _config(64, 128, 64, 4, 3),
         _config(64, 128, 32, 4, 4),
     ],
     "half scattered": [_config(64, 128, 32, 8, 2)],
@@ -691,7 +656,6 @@ INPUT_CONFIGS = {
     "half, Hopper": [
         _config(128, 128, 64, 8, 3),
         _config(128, 256, 64, 8, 3),
-        _config(64, 128, 64, 4, 3),
         _config(64, 128, 32, 4, 4),
     ],
     "half scattered": [_config(64, 128, 32, 8, 2)],
@@ -754,6 +718,9 @@ def masked_conv_(
         )
 
     def run(config: Config) -> None:
+        if is_boxed(config):
+            boxed_conv_(y, x, weight, words, bias, geometry, False, config)
+            return
         conv_fwd_kernel[(_tiles(outputs, num_places, config), groups)](
             x,
             weight,
@@ -781,7 +748,9 @@ def masked_conv_(
             return
         words = _realigned(words, weight, flat)
         configs = _pick(FORWARD_CONFIGS, x, flat or _is_scattered((inputs, outputs), x, weight))
-        run(choose("masked_conv", _key(x, y, weight, geometry), configs, run))
+        if not flat and boxable(weight, geometry, x, y):
+            configs = configs + PRODUCT_CONFIGS
+        run(choose("masked_conv", _key(x, y, weight, geometry, configs), configs, run))
 
 
 def masked_conv_input_grad_(
@@ -822,6 +791,9 @@ def masked_conv_input_grad_(
         )
 
     def run(config: Config) -> None:
+        if is_boxed(config):
+            boxed_conv_(dx, grad, weight, words, None, geometry, True, config)
+            return
         # Places that are equal modulo the strides are the business of one program.
         places = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
         conv_dx_kernel[(_tiles(inputs, places, config), groups, math.prod(stride))](
@@ -850,7 +822,9 @@ def masked_conv_input_grad_(
             return
         words = _realigned(words, weight, False)
         configs = _pick(INPUT_CONFIGS, grad, flat or _is_scattered((inputs, outputs), grad, weight))
-        run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry), configs, run))
+        if not flat and boxable(weight, geometry, grad, dx):
+            configs = configs + PRODUCT_CONFIGS
+        run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry, configs), configs, run))
 
 
 def masked_conv_weight_grads_(
@@ -883,9 +857,6 @@ def masked_conv_weight_grads_(
     num_places = grad.numel() // grad.shape[1]
     flat = inputs < _FEW_CHANNELS
     num_taps = weight.shape[2] * weight.shape[3]
-    dy_rows = _rows(grad, groups)
-    same_places = num_taps == 1 and not any(geometry[1]) and x.shape[2:] == grad.shape[2:]
-    x_rows = _rows(x, groups) if same_places else None
 
     def sum_parts(parts: Tensor, dscores: Tensor | None, accumulate: bool) -> None:
         conv_sum_parts_kernel[(triton.cdiv(weight.numel(), 1024),)](
@@ -907,7 +878,7 @@ def masked_conv_weight_grads_(
 
     def run_depthwise(config: Config) -> None:
         tiles = _tiles(groups * outputs, num_taps, config)
-        num_parts, part = _parts(num_places, weight.numel(), tiles, config)
+        num_parts, part = _parts(num_places, weight.numel(), tiles, config.values["BLOCK_K"])
         parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32)
         depthwise_weight_grads_kernel[(tiles, num_parts)](
             grad,
@@ -925,14 +896,26 @@ def masked_conv_weight_grads_(
         )
         sum_parts(parts, dscores, accumulate)
 
-    def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
-        tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
-        num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config)
+    def run_boxed(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
+        size = grad.shape[0], *grad.shape[2:]
+        boxes = num_boxes(size, box_of(*size, config.values["PLACES"]))
+        num_parts, part = _parts(boxes, weight.numel(), _tiles(outputs, inputs, config) * num_taps, 1)
         parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
-        block = config.values
+        of_g = (dscores, dweight, parts, num_parts, part)
+        boxed_conv_grads_(grad, x, weight, words, *of_g, geometry, accumulate, config)
+        if parts is not None:
+            sum_parts(parts, dscores, accumulate)
+
+    def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
+        if is_boxed(config):
+            run_boxed(config, dscores, accumulate)
+            return
+        tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
+        num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config.values["BLOCK_K"])
+        parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
         conv_weight_grads_kernel[(tiles, groups, num_parts)](
-            grad if dy_rows is None else describe(dy_rows, block["BLOCK_K"], block["BLOCK_M"]),
-            x if x_rows is None else describe(x_rows, block["BLOCK_K"], block["BLOCK_N"]),
+            grad,
+            x,
             weight,
             words,
             dscores,
@@ -949,8 +932,6 @@ def masked_conv_weight_grads_(
             part,
             **_kernel_size(weight),
             FLAT=flat,
-            DY_DESCRIPTOR=dy_rows is not None,
-            X_DESCRIPTOR=x_rows is not None,
             HAS_SCORES=dscores is not None,
             HAS_WEIGHT=dweight is not None,
             HAS_PARTS=parts is not None,
@@ -970,7 +951,9 @@ def masked_conv_weight_grads_(
             run_depthwise(DEPTHWISE_WEIGHT_CONFIGS[_is_scattered((groups,), grad, x)])
             return
         configs = _pick(WEIGHT_CONFIGS, x, flat or _is_scattered((inputs, outputs), grad, x))
-        key = (*_key(x, grad, weight, geometry), accumulate, dweight is not None)
+        if not flat and boxable(weight, geometry, grad, x):
+            configs = configs + GRADS_CONFIGS
+        key = (*_key(x, grad, weight, geometry, configs), accumulate, dweight is not None)
         run(choose("masked_conv_weight_grads", key, configs, rehearse), dscores, accumulate)
 
 
@@ -1055,9 +1038,11 @@ def _tiles(rows: int, columns: int, config: Config) -> int:
     return int(triton.cdiv(rows, config.values["BLOCK_M"]) * triton.cdiv(columns, config.values["BLOCK_N"]))
 
 
-def _parts(num_places: int, num_weights: int, num_tiles: int, config: Config) -> tuple[int, int]:
-    """Return into how many parts a sum over places is split, and how many places a part has."""
-    block = config.values["BLOCK_K"]
+def _parts(num_places: int, num_weights: int, num_tiles: int, block: int) -> tuple[int, int]:
+    """Return into how many parts a sum over places is split, and how many places a part has.
+
+    A part is a number of blocks of places.
+    """
     blocks = max(1, triton.cdiv(num_places, block))
     fitting = max(1, min(_PROGRAMS // num_tiles, _MOST_PARTS // num_weights))
     wanted = min(fitting, triton.cdiv(blocks, _LEAST_BLOCKS))
@@ -1083,18 +1068,27 @@ def _strides_without_channel(weight: Tensor) -> tuple[int, int, int]:
     return weight.stride(0), weight.stride(2), weight.stride(3)
 
 
-def _key(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Any, ...]:
-    """Return what a choice depends on: dtypes, sizes, and which dimension of the tensors is dense."""
+def _key(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry, configs: list[Config]) -> tuple[Any, ...]:
+    """Return what a choice depends on: dtypes, sizes, which dimension of the tensors is dense, and how many
+    configurations serve them."""
     orders = tuple(t.stride(1) == 1 for t in (x, y, weight))
     num_images = 1 << max(x.shape[0] - 1, 0).bit_length()
     shapes = (num_images, *_sizes(x, y)[1:], *weight.shape)
-    return (x.dtype, weight.dtype, _precision(x), *shapes, *_window(geometry), geometry[3], *orders)
+    return (
+        x.dtype,
+        weight.dtype,
+        _precision(x),
+        *shapes,
+        *_window(geometry),
+        geometry[3],
+        *orders,
+        len(configs),
+    )
 
 
 def variants() -> Iterator[Variant]:
     """Yield every kernel under every configuration, as launches of a 3 x 3 window would compile it."""
     grads = {"HAS_SCORES": True, "ACCUMULATE": True, "HAS_PARTS": False}
-    grads |= {"DY_DESCRIPTOR": False, "X_DESCRIPTOR": False}
     for kernel, table, constants in (
         (conv_fwd_kernel, FORWARD_CONFIGS, {"HAS_BIAS": True, "DESCRIPTOR": False}),
         (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1, "DESCRIPTOR": False}),
@@ -1108,10 +1102,10 @@ def variants() -> Iterator[Variant]:
             for hopper in (False, True):
                 for config in table.get(listed_as + HOPPER * hopper, []):
                     yield _variant(kernel, kind, layout, constants | of_kind, config, hopper)
-                    if kind != "half" or listed_as + HOPPER * (not hopper) in table:
-                        continue
-                    for described in _DESCRIBED[kernel]:
-                        yield _variant(kernel, kind, layout, constants | of_kind | described, config, True)
+                    best = hopper or listed_as + HOPPER not in table
+                    if kind == "half" and best and kernel in _WRITTEN:
+                        described = constants | of_kind | {"DESCRIPTOR": True}
+                        yield _variant(kernel, kind, layout, described, config, hopper=True)
     for layout in ("channels_last", "scattered"):
         constants = {"MULTIPLIER": 1}
         with_bias = constants | {"HAS_BIAS": True}
@@ -1128,19 +1122,8 @@ def variants() -> Iterator[Variant]:
     yield Variant("realign", realign_kernel, signature, constants, Config({}, 4, 3), tensor_cores=False)
 
 
-# What a descriptor takes the place of, and its tiles.
-_TILES = {
-    (conv_fwd_kernel, "DESCRIPTOR"): ("y_ptr", "BLOCK_N", "BLOCK_M"),
-    (conv_dx_kernel, "DESCRIPTOR"): ("dx_ptr", "BLOCK_N", "BLOCK_M"),
-    (conv_weight_grads_kernel, "DY_DESCRIPTOR"): ("dy_ptr", "BLOCK_K", "BLOCK_M"),
-    (conv_weight_grads_kernel, "X_DESCRIPTOR"): ("x_ptr", "BLOCK_K", "BLOCK_N"),
-}
-# What a kernel reads or writes by descriptor where it may.
-_DESCRIBED: dict[Any, list[dict[str, bool]]] = {
-    conv_fwd_kernel: [{"DESCRIPTOR": True}],
-    conv_dx_kernel: [{"DESCRIPTOR": True}],
-    conv_weight_grads_kernel: [{"DY_DESCRIPTOR": True}, {"DY_DESCRIPTOR": True, "X_DESCRIPTOR": True}],
-}
+# What a descriptor may describe.
+_WRITTEN = {conv_fwd_kernel: "y_ptr", conv_dx_kernel: "dx_ptr"}
 # Whether the channels of a layout are scattered, at least for the kernels.
 _LAYOUTS = {"channels_last": False, "scattered": True, "few channels": True}
 
@@ -1157,15 +1140,13 @@ def _variant(
     types |= dict.fromkeys(constants | config.values, "constexpr")
     element = "bf16" if kind == "half" else "fp32"
     signature = {name: types.get(name, f"*{element}" if name.endswith("_ptr") else "i32") for name in names}
-    described = [name for name, value in constants.items() if name.endswith("DESCRIPTOR") and value]
-    block = config.values
-    for name in described:
-        pointer, rows, columns = _TILES[kernel, name]
-        signature[pointer] = f"tensordesc<{element}[{block[rows]}, {block[columns]}]>"
+    block, described = config.values, constants.get("DESCRIPTOR")
+    if described:
+        signature[_WRITTEN[kernel]] = f"tensordesc<{element}[{block['BLOCK_N']}, {block['BLOCK_M']}]>"
     pointers = tuple(name for name in names if signature[name].startswith("*"))
     numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
     sizes = "x".join(map(str, block.values()))
-    problem = ", ".join([f"{kind}, {layout}{HOPPER * hopper}", *map(str.lower, described)])
+    problem = f"{kind}, {layout}{HOPPER * hopper}{', descriptor' if described else ''}"
     return Variant(
         f"{kernel.__name__}, {problem}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
         kernel,
