@@ -82,7 +82,8 @@ def test_matches_closed_form(case, dtype, channels_last, tf32, monkeypatch):
 
 @pytest.mark.parametrize("choice", range(7))
 @pytest.mark.parametrize(
-    "case", ["large, 64 channels", "large, stride", "dense, padding", "dense, far padding", "dense, 1x1"]
+    "case",
+    ["large, 64 channels", "large, stride", "dense, padding", "dense, far padding", "dense, 1x1, stride"],
 )
 def test_every_configuration_for_dense_channels(case, choice, monkeypatch):
     monkeypatch.setattr(

@@ -85,6 +85,7 @@ DENSE = {
     "dense, padding": (3, (7, 5), 72, 48, (3, 3), {"padding": 1}),
     "dense, no padding": (2, (6, 6), 144, 144, (3, 2), {"dilation": (1, 2)}),
     "dense, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
+    "dense, 1x1, stride": (3, (9, 8), 80, 72, (1, 1), {"stride": (2, 3)}),
     "dense, far padding": (1, (3, 4), 16, 16, (2, 2), {"padding": 5, "dilation": 3}),
     "dense, one place": (1, (1, 1), 24, 16, (3, 3), {"padding": 1}),
     "dense, many images": (70, (2, 2), 16, 16, (3, 3), {"padding": 1}),

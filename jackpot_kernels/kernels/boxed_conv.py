@@ -1,4 +1,4 @@
-"""Products of a convolution whose windows move by one place, with the copy engine of Hopper.
+"""Products of a convolution whose window moves by one place, or is one place, with the copy engine of Hopper.
 
 The engine copies boxes of images, rows and columns, shifted by a tap of the window, and fills in zeros for
 what is outside: no thread computes an address of an image. Images and the weight are dense channels_last
@@ -166,10 +166,9 @@ def boxed_conv_grads_kernel(
     )
 
 
-# Places of a box where the weight's gradients are summed are as many as a step of a product takes.
 PRODUCT_CONFIGS = [
     Config({"BLOCK_M": 128, "PLACES": 128, "BLOCK_K": 64}, 8, 3),
-    Config({"BLOCK_M": 128, "PLACES": 256, "BLOCK_K": 64}, 8, 3),
+    Config({"BLOCK_M": 128, "PLACES": 256, "BLOCK_K": 64}, 8, 4),
     Config({"BLOCK_M": 64, "PLACES": 128, "BLOCK_K": 64}, 4, 3),
     Config({"BLOCK_M": 64, "PLACES": 256, "BLOCK_K": 64}, 4, 2),
 ]
@@ -200,8 +199,9 @@ def is_boxed(config: Config) -> bool:
 
 def boxable(weight: Tensor, geometry: Geometry, *images: Tensor) -> bool:
     """Tell whether these kernels serve a convolution."""
-    stride, _, _, groups = geometry
-    if groups > 1 or math.prod(stride) > 1 or not has_copy_engine(weight.device):
+    stride, padding, _, groups = geometry
+    single = weight.shape[2] == weight.shape[3] == 1 and not any(padding)
+    if groups > 1 or (math.prod(stride) > 1 and not single) or not has_copy_engine(weight.device):
         return False
     return all(
         t.element_size() == 2
@@ -240,17 +240,22 @@ def boxed_conv_(
         words: of [outputs, taps, channels], each tap's starting on a word.
     """
     block = config.values
-    places, num_k, num_m = block["PLACES"], block["BLOCK_K"], block["BLOCK_M"]
-    size = y.shape[0], *y.shape[2:]
-    box = box_of(*size, places)
-    tile = (num_k, num_m) if transposed else (num_m, num_k)
+    num_m, num_k = block["BLOCK_M"], block["BLOCK_K"]
+    source, target = _planes(x), _planes(y)
+    if not transposed:
+        source = _seen(source, geometry)
+    elif math.prod(geometry[0]) > 1:
+        y.zero_()
+        target = _seen(target, geometry)
+    size = target.shape[:3]
+    box = box_of(*size, block["PLACES"])
     outputs, inputs, *kernel_size = weight.shape
     boxed_conv_kernel[(num_boxes(size, box) * triton.cdiv(y.shape[1], num_m),)](
-        describe(_planes(x), *box, num_k),
-        describe(_planes(weight).view(outputs, -1), *tile),
+        describe(source, *box, num_k),
+        describe(_flat(weight).view(outputs, -1), *((num_k, num_m) if transposed else (num_m, num_k))),
         words,
         bias,
-        describe(_planes(y), *box, num_m),
+        describe(target, *box, num_m),
         *size[1:],
         inputs,
         outputs,
@@ -283,7 +288,7 @@ def boxed_conv_grads_(
     tiles = triton.cdiv(outputs, block["BLOCK_M"]) * triton.cdiv(inputs, block["BLOCK_N"])
     boxed_conv_grads_kernel[(tiles * math.prod(kernel_size), num_parts)](
         describe(_planes(grad), *box, block["BLOCK_M"]),
-        describe(_planes(x), *box, block["BLOCK_N"]),
+        describe(_seen(_planes(x), geometry), *box, block["BLOCK_N"]),
         weight,
         words,
         dscores,
@@ -367,6 +372,12 @@ def _kernel_and_box(kernel_size: Sequence[int], box: Sequence[int]) -> dict[str,
 
 def _planes(images: Tensor) -> Tensor:  # [N, C, H, W] -> [N, H, W, C], with the strides of its sizes
     return _flat(images).view(images.shape[0], *images.shape[2:], images.shape[1])
+
+
+def _seen(planes: Tensor, geometry: Geometry) -> Tensor:
+    """Return the places that windows of one place see."""
+    stride = geometry[0]
+    return planes[:, :: stride[0], :: stride[1]]
 
 
 def _flat(images: Tensor) -> Tensor:  # [N, C, H, W] -> [N * H * W, C]
