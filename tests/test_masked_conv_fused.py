@@ -89,12 +89,13 @@ DENSE = {
     "dense, far padding": (1, (3, 4), 16, 16, (2, 2), {"padding": 5, "dilation": 3}),
     "dense, one place": (1, (1, 1), 24, 16, (3, 3), {"padding": 1}),
     "dense, many images": (70, (2, 2), 16, 16, (3, 3), {"padding": 1}),
+    "dense, empty batch": (0, (5, 5), 16, 16, (3, 3), {"padding": 1}),
     "dense, few inputs": (2, (9, 9), 72, 3, (3, 3), {"padding": 2, "dilation": 2}),
     "dense, stride": (2, (9, 9), 72, 48, (3, 3), {"padding": 1, "stride": 2}),
     "dense, groups": (1, (5, 4), 32, 64, (3, 3), {"padding": 1, "groups": 2}),
 }
 
-UNBOXED = {"dense, few inputs", "dense, stride", "dense, groups"}
+UNBOXED = {"dense, empty batch", "dense, few inputs", "dense, stride", "dense, groups"}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,23 @@ def test_dense_channels_in_half_precision(case, choice, monkeypatch):
     (x, weight, scores), mask, bias, options = problem(case, torch.bfloat16, channels_last=True)
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
     dx = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16, like_y=True)[0]
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (y, dx))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) or t.numel() == 0 for t in (y, dx))
     assert served_by_boxes == {case not in UNBOXED}
+
+
+def test_boxes_serve_scores_of_a_float32_weight(monkeypatch):
+    """What is multiplied has 16 bits, as under autocast."""
+    monkeypatch.setattr("test_masked_conv.CASES", DENSE)
+    monkeypatch.setattr(kernels, "choose", lambda op, key, configs, run: next(filter(is_boxed, configs)))
+    (x, weight, _), _, _, options = problem("dense, padding", torch.bfloat16, channels_last=True)
+    stride, dilation, _, pads = geometry(x, weight, options)
+    grad = torch.randn(3, 72, 7, 5).bfloat16().to(memory_format=torch.channels_last)
+    window = {"stride": stride, "padding": [a for a, _ in pads], "dilation": dilation}
+    precise = weight.detach().float() + torch.rand(weight.shape) / 1000
+    ours, wanted = torch.ones(weight.shape), torch.ones(weight.shape)
+    masked_conv2d_score_grad_(ours, grad, x.detach(), precise, **window, backend="fused")
+    masked_conv2d_score_grad_(wanted, grad.float(), x.detach().float(), precise, **window, backend="dense")
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("places", [1, 64, 256])

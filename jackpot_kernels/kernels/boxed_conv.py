@@ -197,17 +197,18 @@ def is_boxed(config: Config) -> bool:
     return "PLACES" in config.values
 
 
-def boxable(weight: Tensor, geometry: Geometry, *images: Tensor) -> bool:
-    """Tell whether these kernels serve a convolution."""
+def boxable(weight: Tensor, geometry: Geometry, *described: Tensor) -> bool:
+    """Tell whether these kernels serve a convolution, of which they describe some tensors."""
     stride, padding, _, groups = geometry
     single = weight.shape[2] == weight.shape[3] == 1 and not any(padding)
     if groups > 1 or (math.prod(stride) > 1 and not single) or not has_copy_engine(weight.device):
         return False
     return all(
         t.element_size() == 2
+        and t.numel() > 0
         and t.is_contiguous(memory_format=torch.channels_last)
         and has_whole_rows(_flat(t))
-        for t in (weight, *images)
+        for t in described
     )
 
 

@@ -748,7 +748,7 @@ def masked_conv_(
             return
         words = _realigned(words, weight, flat)
         configs = _pick(FORWARD_CONFIGS, x, flat or _is_scattered((inputs, outputs), x, weight))
-        if not flat and boxable(weight, geometry, x, y):
+        if not flat and boxable(weight, geometry, x, weight, y):
             configs = configs + PRODUCT_CONFIGS
         run(choose("masked_conv", _key(x, y, weight, geometry, configs), configs, run))
 
@@ -822,7 +822,7 @@ def masked_conv_input_grad_(
             return
         words = _realigned(words, weight, False)
         configs = _pick(INPUT_CONFIGS, grad, flat or _is_scattered((inputs, outputs), grad, weight))
-        if not flat and boxable(weight, geometry, grad, dx):
+        if not flat and boxable(weight, geometry, grad, weight, dx):
             configs = configs + PRODUCT_CONFIGS
         run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry, configs), configs, run))
 
