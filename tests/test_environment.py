@@ -70,6 +70,17 @@ def test_fused_says_where_it_runs_or_why_not(monkeypatch):
     assert environment()["backends"]["fused"].startswith("does not run: triton is not installed")
 
 
+def test_a_machine_without_triton_has_an_environment():
+    """Triton is an extra: nothing that is loaded for the command needs it."""
+    hide = (
+        "import sys; sys.modules.update(dict.fromkeys(('triton', 'triton.language'))); sys.argv[1:] = ['env']"
+    )
+    command = [sys.executable, "-c", f"{hide}; from jackpot_kernels.cli import main; main()"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "does not run: " in shown.stdout
+
+
 def test_failed_probe_leaves_the_others(monkeypatch):
     def broken():
         raise OSError("no driver")

@@ -85,7 +85,7 @@ DENSE = {
     "dense, padding": (3, (7, 5), 72, 48, (3, 3), {"padding": 1}),
     "dense, no padding": (2, (6, 6), 144, 144, (3, 2), {"dilation": (1, 2)}),
     "dense, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
-    "dense, 1x1, stride": (3, (9, 8), 80, 72, (1, 1), {"stride": (2, 3)}),
+    "dense, 1x1, stride": (3, (8, 9), 80, 72, (1, 1), {"stride": (2, 3)}),
     "dense, far padding": (1, (3, 4), 16, 16, (2, 2), {"padding": 5, "dilation": 3}),
     "dense, one place": (1, (1, 1), 24, 16, (3, 3), {"padding": 1}),
     "dense, many images": (70, (2, 2), 16, 16, (3, 3), {"padding": 1}),
@@ -103,7 +103,7 @@ UNBOXED = {"dense, empty batch", "dense, few inputs", "dense, stride", "dense, g
     [(case, i) for case in DENSE for i in (range(7) if case == "dense, no padding" else (0, 6))],
 )
 def test_dense_channels_in_half_precision(case, choice, monkeypatch):
-    """Whichever configuration is chosen; of shorter lists, the last."""
+    """Whichever configuration is chosen; of shorter lists, the last. The order of y's gradient is no reason."""
     served_by_boxes = set()
 
     def choose(op, key, configs, run):
@@ -114,7 +114,7 @@ def test_dense_channels_in_half_precision(case, choice, monkeypatch):
     monkeypatch.setattr(kernels, "choose", choose)
     (x, weight, scores), mask, bias, options = problem(case, torch.bfloat16, channels_last=True)
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
-    dx = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16, like_y=True)[0]
+    dx = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16, like_y=choice > 0)[0]
     assert all(t.is_contiguous(memory_format=torch.channels_last) or t.numel() == 0 for t in (y, dx))
     assert served_by_boxes == {case not in UNBOXED}
 
@@ -136,11 +136,38 @@ def test_boxes_serve_scores_of_a_float32_weight(monkeypatch):
 
 @pytest.mark.parametrize("places", [1, 64, 256])
 def test_boxes_are_the_fewest(places):
-    for size in [(1, 1, 1), (256, 7, 7), (3, 8, 32), (5, 56, 56), (100, 14, 14), (2, 1, 1000)]:
-        box = box_of(*size, places)
-        assert math.prod(box) == places and all(side & (side - 1) == 0 for side in box)
+    for size in [(1, 1, 1), (256, 7, 7), (4, 8, 32), (8, 56, 56), (128, 14, 14), (2, 1, 1000)]:
         others = product(*([2**i for i in range(places.bit_length())] for _ in range(3)))
-        assert num_boxes(size, box) == min(num_boxes(size, o) for o in others if math.prod(o) == places)
+        others = [box for box in others if math.prod(box) == places]
+        box = box_of(*size, places)
+        assert box in others and num_boxes(size, box) == min(num_boxes(size, other) for other in others)
+        whole = box_of(*size, places, whole=True)
+        assert whole in others and size[1] % whole[1] == size[2] % whole[2] == 0
+
+
+def test_batches_of_about_one_size_have_one_box():
+    """A kernel is compiled for a box."""
+    assert len({box_of(n, 7, 14, 128) for n in range(65, 129)}) == 1
+
+
+def test_what_no_window_sees_is_in_no_gradient(monkeypatch):
+    monkeypatch.setattr(kernels, "choose", lambda op, key, configs, run: next(filter(is_boxed, configs)))
+    x, weight = torch.ones(1, 16, 8, 8).bfloat16(), torch.ones(16, 16, 2, 2).bfloat16()
+    x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+    x[..., 3, 3] = torch.inf
+    scores = torch.ones(weight.shape, requires_grad=True)
+    y = masked_conv2d(x, weight, scores, weight > 0, dilation=5, backend="fused")
+    grad = torch.autograd.grad(y, scores, torch.ones_like(y))[0]
+    assert torch.equal(grad, torch.full(weight.shape, 9.0))
+
+
+@pytest.mark.parametrize("case", ["wide", "wide 1x1", "depthwise"])
+def test_a_bias_may_have_any_stride(case):
+    (x, weight, scores), mask, bias, options = problem(case)
+    spread = torch.randn(2 * len(bias))[::2].requires_grad_()
+    for each in (spread, torch.randn(1).expand(len(bias)).requires_grad_()):
+        y = masked_conv2d(x, weight, scores, mask, each, **options, backend="fused")
+        assert_right(y, x, weight, scores, mask, each, options, torch.float32)
 
 
 @pytest.mark.parametrize("of_x", [False, True])

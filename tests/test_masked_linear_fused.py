@@ -92,6 +92,13 @@ def test_strides_do_not_matter(inputs):
     assert grads[id(scores)].is_contiguous()
 
 
+def test_a_bias_may_have_any_stride():
+    x, weight, scores, mask, _ = problem((7,), 16, 64)
+    for each in (torch.randn(32)[::2].requires_grad_(), torch.randn(1).expand(16).requires_grad_()):
+        y = masked_linear(x, weight, scores, mask, each, backend="fused")
+        assert_right(y, x, weight, scores, mask, each, torch.float32)
+
+
 def test_one_weight_may_have_any_strides():
     """Torch takes it for contiguous, whatever they are."""
     x, _, scores, mask, bias = problem((3,), 1, 1)

@@ -68,7 +68,8 @@ MASKED = ("masked_matmul_kernel", "conv_fwd_kernel", "conv_dx_kernel", "boxed_co
     [
         pytest.param(m, v, a, id=f"{m}: {v.name}, sm_{a}")
         for m, v, a in collect()
-        if v.kernel.__name__ in MASKED and not THROUGH_REGISTERS.search(v.name)
+        if v.kernel.__name__ in MASKED and v.tensor_cores and not THROUGH_REGISTERS.search(v.name)
+        if a < 100  # which multiplies from a memory of its own
     ],
 )
 def test_a_masked_weight_stays_in_registers(compiled, module, variant, architecture):

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from jackpot_kernels.environment import environment
-from jackpot_kernels.kernels import availability, tuning
+from jackpot_kernels.kernels import tuning
 from jackpot_kernels.kernels.tuning import Config, cache_facts, cache_file, choose
 
 SLOW, FAST, HUGE = (Config({"BLOCK": size}, 4, 2) for size in (16, 32, 1024))
@@ -64,7 +64,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(availability, "interpreting", lambda: False)
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
     monkeypatch.setattr(tuning, "_flusher", lambda: clock.flush)
     monkeypatch.setattr(torch.cuda, "Event", clock.event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")

@@ -45,6 +45,12 @@ def _too_old(device: torch.device) -> str | None:
     return f"it needs a device of compute capability {wanted} or more, got {name} with {got}"
 
 
+def has_copy_engine(device: torch.device) -> bool:
+    """Tell whether a device copies tiles of tensors by itself: Hopper and what came after it, and, for its
+    tests, Triton's interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def require_available(device: torch.device) -> None:
     """Raise BackendUnavailableError, which says what is missing, where the kernels cannot run."""
     reason = why_not(device)

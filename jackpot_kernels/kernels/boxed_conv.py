@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jackpot_kernels.kernels.descriptors import describe, has_copy_engine, has_whole_rows
+from jackpot_kernels.kernels.availability import has_copy_engine
+from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
 from jackpot_kernels.kernels.grad_tiles import write_tile
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_tile
@@ -197,12 +198,22 @@ def is_boxed(config: Config) -> bool:
     return "PLACES" in config.values
 
 
-def boxable(weight: Tensor, geometry: Geometry, *described: Tensor) -> bool:
-    """Tell whether these kernels serve a convolution, of which they describe some tensors."""
+def is_large(config: Config) -> bool:
+    """Tell whether what is written of a tile, G twice over, does not fit in registers beside it."""
+    return config.values["BLOCK_M"] * config.values["BLOCK_N"] >= 128 * 128
+
+
+def boxable(x: Tensor, weight: Tensor, geometry: Geometry, *described: Tensor) -> bool:
+    """Tell whether these kernels serve a convolution of images like ``x``, of which they describe some
+    tensors."""
     stride, padding, _, groups = geometry
-    single = weight.shape[2] == weight.shape[3] == 1 and not any(padding)
-    if groups > 1 or (math.prod(stride) > 1 and not single) or not has_copy_engine(weight.device):
+    if groups > 1 or not has_copy_engine(x.device):
         return False
+    if math.prod(stride) > 1:
+        single = weight.shape[2] == weight.shape[3] == 1 and not any(padding)
+        # Each stride of a described tensor is a multiple of the one before.
+        if not single or any(size % step for size, step in zip(x.shape[2:], stride, strict=True)):
+            return False
     return all(
         t.element_size() == 2
         and t.numel() > 0
@@ -213,11 +224,24 @@ def boxable(weight: Tensor, geometry: Geometry, *described: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def box_of(num_images: int, height: int, width: int, places: int) -> tuple[int, int, int]:
-    """Return images, rows and columns of the boxes of so many places that are fewest; of these the widest."""
+def box_of(
+    num_images: int, height: int, width: int, places: int, whole: bool = False
+) -> tuple[int, int, int]:
+    """Return images, rows and columns of the boxes of so many places that are fewest; of these the widest.
+
+    Args:
+        num_images: counts as the next power of two, for a kernel is compiled for a box.
+        whole: whether all rows and columns must be places. Others are zeros of a gradient, but what such a
+            window sees may be infinite.
+    """
     powers = [2**i for i in range(places.bit_length())]
-    boxes = [(places // (h * w), h, w) for h, w in product(powers, powers) if h * w <= places]
-    return min(boxes, key=lambda box: (num_boxes((num_images, height, width), box), -box[2], -box[1]))
+    boxes = [
+        (places // (h * w), h, w)
+        for h, w in product(powers, powers)
+        if h * w <= places and not (whole and (height % h or width % w))
+    ]
+    size = 1 << max(num_images - 1, 0).bit_length(), height, width
+    return min(boxes, key=lambda box: (num_boxes(size, box), -box[2], -box[1]))
 
 
 def num_boxes(size: Sequence[int], box: Sequence[int]) -> int:
@@ -276,7 +300,6 @@ def boxed_conv_grads_(
     dscores: Tensor | None,
     dweight: Tensor | None,
     parts: Tensor | None,
-    num_parts: int,
     part: int,
     geometry: Geometry,
     accumulate: bool,
@@ -284,10 +307,10 @@ def boxed_conv_grads_(
 ) -> None:
     """Write what is made of G, or G summed over ``part`` boxes to each of ``parts``."""
     block = config.values
-    box = box_of(grad.shape[0], *grad.shape[2:], block["PLACES"])
+    box = box_of(grad.shape[0], *grad.shape[2:], block["PLACES"], whole=True)
     outputs, inputs, *kernel_size = weight.shape
     tiles = triton.cdiv(outputs, block["BLOCK_M"]) * triton.cdiv(inputs, block["BLOCK_N"])
-    boxed_conv_grads_kernel[(tiles * math.prod(kernel_size), num_parts)](
+    boxed_conv_grads_kernel[(tiles * math.prod(kernel_size), 1 if parts is None else len(parts))](
         describe(_planes(grad), *box, block["BLOCK_M"]),
         describe(_seen(_planes(x), geometry), *box, block["BLOCK_N"]),
         weight,
@@ -325,8 +348,11 @@ def variants() -> Iterator[Variant]:
     for config in GRADS_CONFIGS:
         block, box = config.values, _example_box(config)
         tiles = {"dy_ptr": (*box, block["BLOCK_M"]), "x_ptr": (*box, block["BLOCK_N"])}
-        constants = {"HAS_SCORES": True, "HAS_WEIGHT": False, "HAS_PARTS": False, "ACCUMULATE": True}
-        yield _variant("boxed_conv_grads", boxed_conv_grads_kernel, tiles, constants, config)
+        constants = {"HAS_SCORES": True, "HAS_PARTS": False, "ACCUMULATE": True}
+        for weight in (False,) if is_large(config) else (False, True):
+            name = f"boxed_conv_grads{', and of the weight' * weight}"
+            of_both = constants | {"HAS_WEIGHT": weight}
+            yield _variant(name, boxed_conv_grads_kernel, tiles, of_both, config)
 
 
 def _variant(

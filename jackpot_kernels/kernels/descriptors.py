@@ -1,13 +1,7 @@
 """Tensors as the copy engine of Hopper and what came after it moves them, a tile at a time."""
 
-import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-
-def has_copy_engine(device: torch.device) -> bool:
-    """Tell whether a device is Hopper or came after it, as Triton's interpreter passes for."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_whole_rows(matrix: Tensor) -> bool:

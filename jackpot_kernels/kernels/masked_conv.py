@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jackpot_kernels.kernels.availability import launching_on
+from jackpot_kernels.kernels.availability import has_copy_engine, launching_on
 from jackpot_kernels.kernels.boxed_conv import (
     GRADS_CONFIGS,
     PRODUCT_CONFIGS,
@@ -33,9 +33,10 @@ from jackpot_kernels.kernels.boxed_conv import (
     boxed_conv_,
     boxed_conv_grads_,
     is_boxed,
+    is_large,
     num_boxes,
 )
-from jackpot_kernels.kernels.descriptors import describe, has_copy_engine, has_whole_rows
+from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
 from jackpot_kernels.kernels.grad_tiles import write_grads, write_tile
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
@@ -665,7 +666,8 @@ INPUT_CONFIGS = {
 }
 WEIGHT_CONFIGS = {
     "half": [_config(128, 128, 64, 8, 3), _config(64, 128, 32, 4, 4), _config(128, 64, 64, 8, 3)],
-    "half scattered": [_config(64, 64, 32, 8, 2)],
+    "half scattered": [_config(64, 32, 32, 8, 2)],
+    "half scattered, Hopper": [_config(64, 64, 32, 8, 2)],
     "tf32": [_config(64, 128, 32, 8, 3), _config(64, 64, 32, 8, 3)],
     "tf32 scattered": [_config(64, 64, 32, 8, 2)],
     "ieee": [_config(32, 32, 32, 4, 3)],
@@ -742,13 +744,14 @@ def masked_conv_(
             **config.options,
         )
 
+    bias = None if bias is None else bias.contiguous()
     with launching_on(x.device):
         if _is_depthwise(weight, groups):
             run_depthwise(DEPTHWISE_CONFIGS[_is_scattered((groups,), x, y)])
             return
         words = _realigned(words, weight, flat)
         configs = _pick(FORWARD_CONFIGS, x, flat or _is_scattered((inputs, outputs), x, weight))
-        if not flat and boxable(weight, geometry, x, weight, y):
+        if not flat and boxable(x, weight, geometry, x, weight, y):
             configs = configs + PRODUCT_CONFIGS
         run(choose("masked_conv", _key(x, y, weight, geometry, configs), configs, run))
 
@@ -822,7 +825,7 @@ def masked_conv_input_grad_(
             return
         words = _realigned(words, weight, False)
         configs = _pick(INPUT_CONFIGS, grad, flat or _is_scattered((inputs, outputs), grad, weight))
-        if not flat and boxable(weight, geometry, grad, weight, dx):
+        if not flat and boxable(dx, weight, geometry, grad, weight, dx):
             configs = configs + PRODUCT_CONFIGS
         run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry, configs), configs, run))
 
@@ -896,23 +899,22 @@ def masked_conv_weight_grads_(
         )
         sum_parts(parts, dscores, accumulate)
 
-    def run_boxed(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
-        size = grad.shape[0], *grad.shape[2:]
-        boxes = num_boxes(size, box_of(*size, config.values["PLACES"]))
-        num_parts, part = _parts(boxes, weight.numel(), _tiles(outputs, inputs, config) * num_taps, 1)
-        parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
-        of_g = (dscores, dweight, parts, num_parts, part)
-        boxed_conv_grads_(grad, x, weight, words, *of_g, geometry, accumulate, config)
-        if parts is not None:
-            sum_parts(parts, dscores, accumulate)
+    def new_parts(num_parts: int) -> Tensor | None:
+        return x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
 
-    def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
-        if is_boxed(config):
-            run_boxed(config, dscores, accumulate)
-            return
+    def run_boxed(config: Config, dscores: Tensor | None, accumulate: bool) -> Tensor | None:
+        size = grad.shape[0], *grad.shape[2:]
+        boxes = num_boxes(size, box_of(*size, config.values["PLACES"], whole=True))
+        num_parts, part = _parts(boxes, weight.numel(), _tiles(outputs, inputs, config) * num_taps, 1)
+        parts = new_parts(num_parts)
+        of_g = (dscores, dweight, parts, part)
+        boxed_conv_grads_(grad, x, weight, words, *of_g, geometry, accumulate, config)
+        return parts
+
+    def run_unboxed(config: Config, dscores: Tensor | None, accumulate: bool) -> Tensor | None:
         tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
         num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config.values["BLOCK_K"])
-        parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
+        parts = new_parts(num_parts)
         conv_weight_grads_kernel[(tiles, groups, num_parts)](
             grad,
             x,
@@ -939,6 +941,11 @@ def masked_conv_weight_grads_(
             PRECISION=_precision(x),
             **config.options,
         )
+        return parts
+
+    def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
+        launch = run_boxed if is_boxed(config) else run_unboxed
+        parts = launch(config, dscores, accumulate)
         if parts is not None:
             sum_parts(parts, dscores, accumulate)
 
@@ -951,8 +958,10 @@ def masked_conv_weight_grads_(
             run_depthwise(DEPTHWISE_WEIGHT_CONFIGS[_is_scattered((groups,), grad, x)])
             return
         configs = _pick(WEIGHT_CONFIGS, x, flat or _is_scattered((inputs, outputs), grad, x))
-        if not flat and boxable(weight, geometry, grad, x):
+        if not flat and boxable(x, weight, geometry, grad, x):
             configs = configs + GRADS_CONFIGS
+        if dweight is not None:
+            configs = [config for config in configs if not is_large(config)]
         key = (*_key(x, grad, weight, geometry, configs), accumulate, dweight is not None)
         run(choose("masked_conv_weight_grads", key, configs, rehearse), dscores, accumulate)
 
@@ -1088,7 +1097,7 @@ def _key(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry, configs: list
 
 def variants() -> Iterator[Variant]:
     """Yield every kernel under every configuration, as launches of a 3 x 3 window would compile it."""
-    grads = {"HAS_SCORES": True, "ACCUMULATE": True, "HAS_PARTS": False}
+    grads = {"HAS_SCORES": True, "HAS_WEIGHT": False, "ACCUMULATE": True, "HAS_PARTS": False}
     for kernel, table, constants in (
         (conv_fwd_kernel, FORWARD_CONFIGS, {"HAS_BIAS": True, "DESCRIPTOR": False}),
         (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1, "DESCRIPTOR": False}),
@@ -1096,8 +1105,6 @@ def variants() -> Iterator[Variant]:
     ):
         for kind, (layout, scattered) in product(("half", "tf32", "ieee"), _LAYOUTS.items()):
             of_kind = {"PRECISION": "ieee" if kind == "ieee" else "tf32", "FLAT": layout == "few channels"}
-            if kernel is conv_weight_grads_kernel:
-                of_kind["HAS_WEIGHT"] = scattered
             listed_as = _listed_as(kind, scattered)
             for hopper in (False, True):
                 for config in table.get(listed_as + HOPPER * hopper, []):
@@ -1106,6 +1113,9 @@ def variants() -> Iterator[Variant]:
                     if kind == "half" and best and kernel in _WRITTEN:
                         described = constants | of_kind | {"DESCRIPTOR": True}
                         yield _variant(kernel, kind, layout, described, config, hopper=True)
+                    if kernel is conv_weight_grads_kernel and not is_large(config):
+                        both = constants | of_kind | {"HAS_WEIGHT": True}
+                        yield _variant(kernel, kind, layout, both, config, hopper)
     for layout in ("channels_last", "scattered"):
         constants = {"MULTIPLIER": 1}
         with_bias = constants | {"HAS_BIAS": True}
@@ -1147,6 +1157,7 @@ def _variant(
     numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
     sizes = "x".join(map(str, block.values()))
     problem = f"{kind}, {layout}{HOPPER * hopper}{', descriptor' if described else ''}"
+    problem += ", and of the weight" if constants.get("HAS_WEIGHT") else ""
     return Variant(
         f"{kernel.__name__}, {problem}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
         kernel,

@@ -312,6 +312,7 @@ def masked_matmul(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None,
         The dtype of ``x``, accumulated in float32.  # [N, M], or [N, K] if transposed
     """
     x, weight = _with_unit_stride(x), _with_unit_stride(weight)
+    bias = None if bias is None else bias.contiguous()
     a = weight.t() if transposed else weight  # [P, Q]
     (num_p, num_q), num_n = a.shape, x.shape[0]
     y = x.new_empty(num_n, num_p)

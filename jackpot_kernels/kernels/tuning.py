@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from jackpot_kernels.kernels.descriptors import has_copy_engine
+from jackpot_kernels.kernels.availability import has_copy_engine, interpreting
 
 # Launches that are timed for each configuration, after one that compiles it.
 _REPEATS = 7
@@ -75,8 +75,6 @@ def choose(op: str, key: tuple[Any, ...], configs: Sequence[Config], run: Callab
         configs: the candidates; one that the device has no room for is passed over.
         run: launches the kernel; called several times for each candidate, so it must bear repetition.
     """
-    from jackpot_kernels.kernels.availability import interpreting
-
     if len(configs) == 1 or interpreting():
         return configs[0]
     place = (op, torch.cuda.current_device(), key)
