@@ -103,7 +103,7 @@ UNBOXED = {"dense, empty batch", "dense, few inputs", "dense, stride", "dense, g
     [(case, i) for case in DENSE for i in (range(7) if case == "dense, no padding" else (0, 6))],
 )
 def test_dense_channels_in_half_precision(case, choice, monkeypatch):
-    """Whichever configuration is chosen; of shorter lists, the last. The order of y's gradient is no reason."""
+    """Whichever configuration is chosen; of shorter lists, the last; in whatever order y's gradient comes."""
     served_by_boxes = set()
 
     def choose(op, key, configs, run):
