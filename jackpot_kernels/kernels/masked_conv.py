@@ -698,7 +698,6 @@ def masked_conv_(
     groups, inputs, outputs = _channels(weight, geometry)
     num_places = y.numel() // y.shape[1]
     flat = inputs < _FEW_CHANNELS
-    rows = _rows(y, groups)
 
     def run_depthwise(config: Config) -> None:
         depthwise_fwd_kernel[(_tiles(groups * outputs, num_places, config),)](
@@ -723,6 +722,7 @@ def masked_conv_(
         if is_boxed(config):
             boxed_conv_(y, x, weight, words, bias, geometry, False, config)
             return
+        rows = _rows(y, groups)
         conv_fwd_kernel[(_tiles(outputs, num_places, config), groups)](
             x,
             weight,
@@ -774,7 +774,6 @@ def masked_conv_input_grad_(
     num_images, _, height, width = dx.shape
     stride, _, dilation, _ = geometry
     flat = outputs < _FEW_CHANNELS
-    rows = _rows(dx, groups) if math.prod(stride) == 1 else None
 
     def run_depthwise(config: Config) -> None:
         depthwise_dx_kernel[(_tiles(groups, num_images * height * width, config),)](
@@ -797,6 +796,7 @@ def masked_conv_input_grad_(
         if is_boxed(config):
             boxed_conv_(dx, grad, weight, words, None, geometry, True, config)
             return
+        rows = _rows(dx, groups) if math.prod(stride) == 1 else None
         # Places that are equal modulo the strides are the business of one program.
         places = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
         conv_dx_kernel[(_tiles(inputs, places, config), groups, math.prod(stride))](
