@@ -224,6 +224,7 @@ def test_gradient_of_an_expanded_sum(case, channels_last):
 def test_every_configuration(lists, kind, i, monkeypatch):
     table = getattr(kernels, lists)
     monkeypatch.setattr(kernels, lists, {key: [table[kind][i]] for key in table})
+    monkeypatch.setattr(kernels, "is_large", lambda config: False)  # they are right, too, if slow
     (x, weight, scores), mask, bias, options = problem("wide")
     y = masked_conv2d(x, weight, scores, mask, bias, **options, backend="fused")
     assert_right(y, x, weight, scores, mask, bias, options, torch.float32)
