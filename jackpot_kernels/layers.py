@@ -200,7 +200,7 @@ class MaskedLayer(nn.Module):
         backend = choose_backend(self._operation, self.backend, self._kernels, x, weight, groups)
         if weight.requires_grad or backend == "reference":
             keeps = self._effective is not None or self._cast is not None
-            if keeps and weight.requires_grad and not torch.compiler.is_compiling():
+            if keeps and weight.requires_grad:
                 self._effective = self._cast = None
             return backend, None
         if backend != "fused":

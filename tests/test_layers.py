@@ -520,6 +520,24 @@ def test_compiles_in_one_graph_and_follows_patches(warm):
                 layer._effective.copy_(layer.weight * mask)
 
 
+def test_compiled_layer_trained_by_hand_forgets_what_it_kept():
+    """Frozen again, a layer has new weights; nothing outside the graph has seen them change."""
+    layer = MaskedLinear.from_dense(nn.Linear(8, 4))
+    layer.mask = torch.rand(4, 8) < 0.5
+    x = torch.randn(3, 8)
+    layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    layer.weight.requires_grad_(True)
+    for _ in range(2):
+        compiled(x).square().sum().backward()
+        with torch.no_grad():
+            layer.weight -= layer.weight.grad
+    layer.weight.requires_grad_(False)
+    wanted = nn.functional.linear(x, layer.weight * layer.mask, layer.bias)
+    torch.testing.assert_close(compiled(x), wanted)
+
+
 def test_compiles_under_autocast():
     model = nn.Sequential(masked_of(nn.Linear(5, 7)), nn.ReLU(), masked_of(nn.Linear(7, 3)))
     x = torch.randn(4, 5)
