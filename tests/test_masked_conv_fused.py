@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import jackpot_kernels as jk
 from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, masked_conv3d, pack_mask, reference
 from jackpot_kernels.kernels import masked_conv as kernels
-from jackpot_kernels.kernels.boxed_conv import box_of, is_boxed, num_boxes
+from jackpot_kernels.kernels.masked_conv_boxes import box_of, is_boxed, is_large, num_boxes
 from jackpot_kernels.models import ResNet
 
 pytestmark = pytest.mark.skipif(
@@ -86,6 +86,7 @@ DENSE = {
     "dense, no padding": (2, (6, 6), 144, 144, (3, 2), {"dilation": (1, 2)}),
     "dense, 1x1": (2, (9, 9), 80, 72, (1, 1), {}),
     "dense, 1x1, stride": (3, (8, 9), 80, 72, (1, 1), {"stride": (2, 3)}),
+    "dense, 1x1, uneven stride": (3, (9, 9), 80, 72, (1, 1), {"stride": 2}),
     "dense, far padding": (1, (3, 4), 16, 16, (2, 2), {"padding": 5, "dilation": 3}),
     "dense, one place": (1, (1, 1), 24, 16, (3, 3), {"padding": 1}),
     "dense, many images": (70, (2, 2), 16, 16, (3, 3), {"padding": 1}),
@@ -95,7 +96,13 @@ DENSE = {
     "dense, groups": (1, (5, 4), 32, 64, (3, 3), {"padding": 1, "groups": 2}),
 }
 
-UNBOXED = {"dense, empty batch", "dense, few inputs", "dense, stride", "dense, groups"}
+UNBOXED = {
+    "dense, 1x1, uneven stride",
+    "dense, empty batch",
+    "dense, few inputs",
+    "dense, stride",
+    "dense, groups",
+}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,24 @@ def test_dense_channels_in_half_precision(case, choice, monkeypatch):
     dx = assert_right(y, x, weight, scores, mask, bias, options, torch.bfloat16, like_y=choice > 0)[0]
     assert all(t.is_contiguous(memory_format=torch.channels_last) or t.numel() == 0 for t in (y, dx))
     assert served_by_boxes == {case not in UNBOXED}
+
+
+def test_large_tiles_are_left_out_where_the_weight_wants_a_gradient(monkeypatch):
+    """They spill there."""
+    large = {}
+
+    def choose(op, key, configs, run):
+        if op == "masked_conv_weight_grads":
+            large[weight.requires_grad] = sum(map(is_large, configs))
+        return configs[0]
+
+    monkeypatch.setattr("test_masked_conv.CASES", DENSE)
+    monkeypatch.setattr(kernels, "choose", choose)
+    (x, weight, scores), mask, _, options = problem("dense, no padding", torch.bfloat16, channels_last=True)
+    for wanted in (True, False):
+        weight.requires_grad_(wanted)
+        masked_conv2d(x, weight, scores, mask, **options, backend="fused").sum().backward()
+    assert large[True] == 0 < large[False]
 
 
 def test_boxes_serve_scores_of_a_float32_weight(monkeypatch):

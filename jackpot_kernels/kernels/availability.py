@@ -46,8 +46,7 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def has_copy_engine(device: torch.device) -> bool:
-    """Tell whether a device copies tiles of tensors by itself: Hopper and what came after it, and, for its
-    tests, Triton's interpreter."""
+    """Tell whether a device copies tiles of tensors by itself: Hopper, later ones, and the interpreter."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -24,7 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import has_copy_engine, launching_on
-from jackpot_kernels.kernels.boxed_conv import (
+from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
+from jackpot_kernels.kernels.dot import dot
+from jackpot_kernels.kernels.grad_tiles import write_grads, write_tile
+from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
+from jackpot_kernels.kernels.masked_conv_boxes import (
     GRADS_CONFIGS,
     PRODUCT_CONFIGS,
     Geometry,
@@ -36,10 +40,6 @@ from jackpot_kernels.kernels.boxed_conv import (
     is_large,
     num_boxes,
 )
-from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
-from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.grad_tiles import write_grads, write_tile
-from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
 from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
 
 # What makes no better code where it is 1 or a multiple of 16: so a network needs fewer kernels compiled.

@@ -267,8 +267,8 @@ MATMUL_CONFIGS = {
         # Several programs share a multiprocessor: one masks while the matrix unit serves another.
         _matmul_config(64, 128, 64, 4, 3, descriptors=True),
         _matmul_config(64, 256, 64, 4, 2, descriptors=True),
-        # A program has one for itself, and more on its way: with 256 tokens, a step took the 0.85 us in which
-        # memory answers.
+        # A program has one for itself, and more on its way: with 256 tokens, a step of the first took an H100
+        # 0.85 us, about what memory takes to answer.
         _matmul_config(64, 128, 64, 4, 6, descriptors=True),
         _matmul_config(128, 256, 64, 8, 4, descriptors=True),
         _matmul_config(64, 128, 64, 4, 4),

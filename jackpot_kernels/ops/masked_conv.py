@@ -101,7 +101,7 @@ def _fused_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, needs_weight, needs_scores, needs_bias = needs
-    if _is_channels_last(x):  # as it is but for torch.compile, which makes it contiguous
+    if _is_channels_last(x):  # as is its gradient, but for torch.compile, which makes that contiguous
         grad = grad.contiguous(memory_format=torch.channels_last)
     cast, shape = cast_weight(weight, effective_weight, x) if needs_x else weight, weight.shape
     (grad, x, weight, cast), window = _as_images(geometry, grad, x, weight, cast)
