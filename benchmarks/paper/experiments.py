@@ -85,7 +85,6 @@ class Experiment(NamedTuple):
 
 
 _ONE_SEED = {"resnet50", "mobilenet-v1", "efficientnet-b4"}  # as in the paper
-_BEYOND_REDUCED = ("full", "smoke")
 
 
 def _dense(network: str) -> Spec:
@@ -190,8 +189,7 @@ def _table5() -> tuple[Row, ...]:
             ours["ResNet-50", method, f"{epochs} (S)"] = _imagenet(spec)
     proxy = []
     for method, spec in _searchers(RESNET, EPOCHS).items():
-        cell = Cell(spec, scales=_BEYOND_REDUCED if method == "Zhou et al." else ALL)
-        proxy.append(Row("ResNet-32, CIFAR-10", method, f"{EPOCHS} (S)", cells=(cell, None)))
+        proxy.append(Row("ResNet-32, CIFAR-10", method, f"{EPOCHS} (S)", cells=(Cell(spec), None)))
     return _beside("table5", ours) + tuple(proxy)
 
 
@@ -227,8 +225,7 @@ def _ablation(table: str, columns: Mapping[str, Mapping[str, Any]], quoted: Mapp
 
 _CRITERIA = {"magnitude": "magnitude", "snip": "SNIP", "grasp": "GraSP", "random": "random"}
 _SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-_POINT = 0.9  # the one of them that every scale runs
-_WHERE = {_POINT: ALL, 0.95: ("full", "smoke")}  # the others are run at full scale only
+_SMOKE = (0.9, 0.95)  # those of them that the smallest scale runs
 
 
 def _percent(sparsity: float) -> str:
@@ -237,7 +234,7 @@ def _percent(sparsity: float) -> str:
 
 def _over_sweep(make: Mapping[str, tuple[str, list[Spec]]], group: str) -> tuple[Row, ...]:
     """Return a row for each label, with a measure of a run at each sparsity of the sweep."""
-    scales = [_WHERE.get(sparsity, ("full",)) for sparsity in _SWEEP]
+    scales = [ALL if sparsity in _SMOKE else ("full", "reduced") for sparsity in _SWEEP]
     rows = []
     for label, (measure, specs) in make.items():
         cells = [Cell(spec, measure, scales=where) for spec, where in zip(specs, scales, strict=True)]
@@ -329,12 +326,10 @@ def _figure8() -> tuple[Row, ...]:
             "ResNet-32",
             _percent(sparsity),
             "30 (S) + 150 (T)",
-            cells=_larger_only(
-                [
-                    Cell(search),
-                    Cell(Spec("finetune", RESNET, 150, source=search)),
-                    Cell(search, "dense_accuracy"),
-                ]
+            cells=(
+                Cell(search),
+                Cell(Spec("finetune", RESNET, 150, source=search)),
+                Cell(search, "dense_accuracy"),
             ),
         )
         for sparsity, search in searches
@@ -356,7 +351,7 @@ def _restriction() -> tuple[Row, ...]:
                     Cell(restricted, minus=free),
                 )
                 theirs: tuple[Cell | None, ...] = (Cell(authors), Cell(restricted, minus=authors))
-                if (network, sparsity, epochs) != (RESNET, _POINT, EPOCHS):
+                if (network, sparsity, epochs) != (RESNET, 0.9, EPOCHS):
                     theirs = _larger_only(theirs)
                 rows.append(Row(NAMES[network], _percent(sparsity), f"{epochs} (S)", cells=cells + theirs))
     return tuple(rows)
@@ -483,15 +478,14 @@ EXPERIMENTS = {
     "fig3": Experiment(
         "Masks of existing criteria without training",
         tuple(map(_percent, _SWEEP)),
-        _figure3("resnet50") + tuple(r._replace(cells=_larger_only(r.cells)) for r in _figure3(RESNET)),
+        _figure3("resnet50") + _figure3(RESNET),
         plot="sweep",
         note="The paper shows ResNet-50 on ImageNet; ResNet-32 on CIFAR-10 stands beside it.",
     ),
     "fig4": Experiment(
         "Overlap of the criteria's masks with the jackpot",
         tuple(map(_percent, _SWEEP)),
-        _criteria_rows("resnet50", {"overlap": ""})
-        + tuple(r._replace(cells=_larger_only(r.cells)) for r in _criteria_rows(RESNET, {"overlap": ""})),
+        _criteria_rows("resnet50", {"overlap": ""}) + _criteria_rows(RESNET, {"overlap": ""}),
         plot="sweep",
         note=_CRITERIA_NOTE,
     ),

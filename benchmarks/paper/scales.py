@@ -167,11 +167,13 @@ REDUCED = Scale(
     name="reduced",
     seeds=3,
     networks={"resnet32-cifar10": "resnet20-cifar10", "vgg19-cifar10": "vgg19-narrow-cifar10"},
-    epochs={0: 0, 10: 2, 30: 5},
+    epochs={0: 0, 10: 2, 30: 5, 150: 10},
     dense_epochs=6,
     train=Part(options={**_FAST, "batch_size": 128, "schedule": "cosine", "evaluate_every": 1000}),
     search=Part(images=8_000, options=_SMALL),
-    finetune=Part(),
+    finetune=Part(
+        images=8_000, options={**_FAST, "batch_size": 100, "schedule": "cosine", "evaluate_every": 1000}
+    ),
     distortion=Part(images=8_000, options={"batch_size": 50, "batches": 4, "draws": 3}),
 )
 SMOKE = Scale(
