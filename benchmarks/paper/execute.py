@@ -139,6 +139,10 @@ def execute(
         jobs: runs at once, each in a process of its own with its share of threads.
         minutes: nothing is started that would probably end later.
         say: told about every run, and first how long all will take.
+
+    Raises:
+        ValueError: when a run that was made again, for its checkpoint was gone, comes out otherwise: what
+            starts from it would not be of the same network as what the folder holds already.
     """
     if not todo:
         return []
@@ -163,12 +167,24 @@ def execute(
                 pace.learn(run, result["seconds"])
                 if run not in results:
                     results.add(result)
+                else:
+                    _require_same(run, result, results, Workshop(folder, device))
                 ahead = sum(map(pace.seconds, left)) / jobs / 60
                 told = f"{_told(result)}, {result['seconds']:.0f} s"
                 say(f"{run}: {told}; {len(left)} left, about {ahead:.0f} minutes")
     finally:
         torch.set_num_threads(threads)
     return list(left)
+
+
+def _require_same(run: Run, result: Result, results: Results, workshop: Workshop) -> None:
+    known = results.get(run)
+    if known and result.get("accuracy") != known.get("accuracy"):
+        workshop.checkpoint(run).unlink()
+        raise ValueError(
+            f"{run} must come out as in {results.path}, {_told(known)}, got {_told(result)} (another "
+            "processor or number of threads rounds otherwise): give what starts from it another --output"
+        )
 
 
 def _told(result: Result) -> str:
