@@ -116,7 +116,8 @@ def compile_cuda(source: str) -> None:
         *ROOT.glob("csrc/cuda/*.cuh"),
     ]
     newest = max(path.stat().st_mtime for path in inputs)
-    if target.exists() and target.stat().st_mtime > newest and used.read_text() == str(command):
+    known = used.exists() and used.read_text() == str(command)
+    if known and target.exists() and target.stat().st_mtime > newest:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(command, check=True, cwd=ROOT)
