@@ -248,6 +248,34 @@ def test_a_graphed_search_goes_on_after_load_state_dict(monkeypatch: pytest.Monk
     assert all(map(torch.equal, got, wanted))
 
 
+def two_graphs(warm_up: int) -> tuple[list[Tensor], list[GraphedStep]]:
+    """The state after a search with two shapes of inputs, tested now and then in another dtype."""
+    model = network()
+    optimizer = jk.SRPopup(model, total_steps=60)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return nn.functional.cross_entropy(model(x), y)
+
+    steps = [GraphedStep(optimizer, loss, None, warm_up) for _ in range(2)]
+    generator = torch.Generator().manual_seed(3)
+    for t in range(60):
+        x = torch.randn(32 if t % 2 else 16, 3, 8, 8, generator=generator).cuda()
+        steps[t % 2](x, torch.arange(len(x)).cuda() % 10)
+        if t % 20 == 15:
+            with torch.no_grad():
+                model(x)
+    return [*model.state_dict().values(), optimizer._search["control"]], steps
+
+
+def test_two_graphs_of_one_search_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    wanted, _ = two_graphs(1000)
+    got, steps = two_graphs(3)
+    assert all(step._graph is not None for step in steps)
+    assert all(map(torch.equal, got, wanted))
+
+
 def test_a_scaler_in_a_graph_skips_infinite_steps() -> None:
     steps, bad = 20, (2, 9, 10)
     ours, wanted = (Search(TINY["tiny"], device, steps) for device in ("cuda", "cpu"))

@@ -1,5 +1,7 @@
 """GraphedStep where there is no graph: on a CPU it takes the very steps of an ordinary loop."""
 
+import weakref
+
 import pytest
 import torch
 from test_optimizer import batch, make_network
@@ -53,55 +55,137 @@ def test_scales_the_loss():
 
 
 def captured_step(model, optimizer):
+    """Without a graph around it, a capture takes a step, and a replay takes none."""
     optimizer.zero_grad()
-    with optimizer.capturing():
+    with optimizer.capturing() as captured:
         loss_fn(model, *batch(0)).backward()
         optimizer.step()
+    return captured
 
 
 def test_host_work_around_a_capture_and_a_replay():
-    """Without a graph in between, a capture takes a step and a replay none."""
     model = make_network()
     optimizer = jk.SRPopup(model, total_steps=3)
-    captured_step(model, optimizer)
-    assert optimizer.is_captured
+    captured = captured_step(model, optimizer)
+    assert captured.is_current
     optimizer.param_groups[0]["lr"] = 0.25
     before = model.conv.mask_words._version
-    with optimizer.replaying():
+    with captured.replaying():
         assert optimizer._hyper[0, 0] == 0.25
-    assert optimizer.is_captured
+    assert captured.is_current
     assert model.conv.mask_words._version > before
     optimizer._calls = 3
     optimizer._search["control"][0] = 3
-    with pytest.raises(RuntimeError, match="got one more"), optimizer.replaying():
+    with pytest.raises(RuntimeError, match="got one more"), captured.replaying():
         raise AssertionError("must not come here")
 
 
 def test_notices_effective_weights_that_a_graph_does_not_know():
     model = make_network()
     optimizer = jk.SRPopup(model, total_steps=3)
-    captured_step(model, optimizer)
-    assert optimizer.is_captured
+    captured = captured_step(model, optimizer)
+    assert captured.is_current
     model.conv.effective_weight(torch.float64)
-    assert not optimizer.is_captured
+    assert not captured.is_current
 
 
 def test_notices_memory_that_a_graph_does_not_know():
     """A replay would write to what was freed since."""
     model = make_network()
-    optimizer = jk.SRPopup(model, total_steps=3)
-    assert not optimizer.is_captured
-    captured_step(model, optimizer)
+    optimizer = jk.SRPopup(model, total_steps=4)
+    captured = captured_step(model, optimizer)
     state = optimizer.state_dict()
-    assert optimizer.is_captured
+    assert captured.is_current
     optimizer.load_state_dict(state)
-    assert not optimizer.is_captured
+    assert not captured.is_current
     for layer in jk.masked_layers(model).values():
         layer._effective = None  # as under the fused backend, which keeps none
-    captured_step(model, optimizer)
-    assert optimizer.is_captured
+    captured = captured_step(model, optimizer)
+    assert captured.is_current
     model.conv.mask_words = model.conv.mask_words.clone()
-    assert not optimizer.is_captured
+    assert not captured.is_current
+    captured = captured_step(model, optimizer)
+    assert captured.is_current
+    model.conv.scores.data = model.conv.scores.data.clone()
+    assert not captured.is_current
+
+
+def test_each_of_two_captures_knows_its_own_memory():
+    """As with two shapes of inputs, one of which is captured anew before the other is replayed."""
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=4)
+    captures = [captured_step(model, optimizer) for _ in range(2)]
+    model.conv.effective_weight(torch.float64)
+    again = captured_step(model, optimizer)
+    assert again.is_current and not any(captured.is_current for captured in captures)
+
+
+def test_layers_that_the_optimizer_leaves_alone_are_captured_too():
+    model = make_network()
+    assert not model.head.scores.requires_grad
+    optimizer = jk.SRPopup(model, total_steps=3)
+    captured = captured_step(model, optimizer)
+    read = weakref.ref(model.head.effective_weight())
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    model(batch(0)[0])
+    assert not captured.is_current and read() is not None
+    del captured
+    assert read() is None
+
+
+def test_the_layers_of_another_optimizer_are_captured():
+    model = make_network()
+    model(batch(0)[0])
+    sgd = torch.optim.SGD([model.conv.bias])
+    step = GraphedStep(sgd, lambda x, y: loss_fn(model, x, y), model=model)
+    with step._capturing() as captured:
+        pass
+    with captured.replaying():
+        assert captured.is_current
+    model.conv.effective_weight(torch.float64)
+    assert not captured.is_current
+
+
+def test_a_capture_patches_no_stale_weight():
+    """Such as that of a layer which the captured forward pass does not run: nobody else would keep it."""
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=4)
+    stale = weakref.ref(model.conv.effective_weight())
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    with optimizer.capturing() as captured:
+        for layer in jk.masked_layers(model).values():
+            layer.scores.grad = torch.ones_like(layer.scores)
+        optimizer.step()
+    assert captured.is_current and stale() is None
+
+
+def test_a_loss_scale_that_a_replay_writes_is_taken_back():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=5)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    captured = captured_step(model, optimizer)
+    del optimizer.grad_scale, optimizer.found_inf
+    for lr in (0.1, 0.2):
+        optimizer.param_groups[0]["lr"] = lr
+        with captured.replaying():
+            optimizer._hyper[:, 4] = optimizer._group_hyper[:, 4] = 2**-10  # as the graph does
+    for layer in jk.masked_layers(model).values():
+        layer.scores.grad = torch.ones_like(layer.scores)
+    optimizer.step()
+    assert (optimizer._hyper[:, 4] == 1).all() and optimizer._hyper[0, 0] == 0.2
+
+
+def test_a_step_that_fails_leaves_no_loss_scale_to_the_next():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    step = GraphedStep(optimizer, lambda x, y: loss_fn(model, x, y), scaler)
+    step(*batch(0))
+    with pytest.raises(RuntimeError, match="got one more"):
+        step(*batch(1))
+    assert not vars(optimizer).keys() & {"grad_scale", "found_inf"}
 
 
 @pytest.mark.parametrize("how", ["other dtype", "moved", "written to", "elsewhere"])
@@ -114,9 +198,9 @@ def test_notices_weights_that_a_graph_does_not_know(how):
         layer._effective = None
         with torch.autocast("cpu", torch.bfloat16):
             layer._cast_weight()
-    with optimizer.capturing():
+    with optimizer.capturing() as captured:
         pass
-    assert optimizer.is_captured
+    assert captured.is_current
     if how == "other dtype":
         with torch.autocast("cpu", torch.float16):
             model.conv._cast_weight()
@@ -127,23 +211,23 @@ def test_notices_weights_that_a_graph_does_not_know(how):
         model.conv.weight.mul_(2)
     else:
         model.conv._cast = None
-        with optimizer.capturing():
+        with optimizer.capturing() as captured:
             pass
         model.conv.weight.data = model.conv.weight.data.clone()
-    assert not optimizer.is_captured
+    assert not captured.is_current
 
 
 def test_learning_rates_stay_out_of_a_capture():
     """A replay would read the tensor that was the learning rate then."""
     model, lr = make_network(), torch.tensor(0.25)
     optimizer = jk.SRPopup(model, lr, total_steps=3)
-    with optimizer.capturing():
+    with optimizer.capturing() as captured:
         lr.fill_(0.5)
         loss_fn(model, *batch(0)).backward()
         optimizer.step()
         assert optimizer._hyper[0, 0] == 0.25
     optimizer.param_groups[0]["lr"] = torch.tensor(0.125)
-    with optimizer.replaying():
+    with captured.replaying():
         assert optimizer._hyper[0, 0] == 0.125
 
 

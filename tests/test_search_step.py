@@ -2,11 +2,13 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from test_swap import Search
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jackpot_kernels.ops.search_step import SearchStep
 
@@ -116,12 +118,15 @@ def test_memory_that_no_longer_fits_changes_nothing(spoil: Callable[[Search], ob
     require_same(search, before)
 
 
-def test_a_search_ends_with_its_object() -> None:
+@pytest.mark.parametrize("around", [nullcontext, FakeTensorMode])
+def test_a_search_ends_with_its_object(around: Callable[[], AbstractContextManager[object]]) -> None:
+    """Also where torch.compile traces something else meanwhile."""
     search, other = Search(False, 5), Search(False, 5)
     step, kept = begin(search), begin(other)
     number = step._search
-    del step
-    gc.collect()
+    with around():
+        del step
+        gc.collect()
     with pytest.raises(RuntimeError, match=f"search must be one that was begun here, got {number}"):
         torch.ops.jackpot.search_step_(search.control, number, ones(search), None)
     kept(ones(other))

@@ -58,7 +58,7 @@ class SearchStep:
         settings = (hyper, num_kept, schedule, control, stats)
         self._search = torch.ops.jackpot.search_begin(*lists, *settings, joint, pairs, seed, workspace)
         # The memory is torch's own at the end of a program, which needs no tidying up.
-        weakref.finalize(self, torch.ops.jackpot.search_end, control, self._search).atexit = False
+        weakref.finalize(self, _end, control, self._search).atexit = False
 
     def __call__(self, grads: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         """Take a step.
@@ -72,8 +72,20 @@ class SearchStep:
                 schedule updates the scores and swaps nothing.
         """
         torch.ops.jackpot.search_step_(self._control, self._search, grads, found_inf)
-        # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+        self.mark_written()
+
+    def mark_written(self) -> None:
+        """Tell autograd of a step, which then notices a late backward pass.
+
+        Compiled operators leave this to their callers, and a replay of a captured step has no other.
+        """
         torch.autograd.graph.increment_version(self._written)
+
+
+def _end(control: Tensor, search: int) -> None:
+    # An object may be collected at any time, also while torch.compile traces another model with fake tensors.
+    with torch._C._DisableTorchDispatch():
+        torch.ops.jackpot.search_end(control, search)
 
 
 @torch.library.register_fake("jackpot::search_step_")

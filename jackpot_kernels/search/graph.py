@@ -1,10 +1,12 @@
 """A whole training step in one CUDA graph: forward, loss, backward, and the step of the optimizer."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from jackpot_kernels.search.captured import CapturedLayers, capturing_layers
 
 _Layout = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
@@ -20,7 +22,8 @@ class GraphedStep:
     ``warm_up`` calls run step by step, as do those on a CPU, those whose inputs have shapes that did not run
     before the capture, and those whose shapes are not the captured ones, such as the last batch of an epoch.
     Learning rates and other settings of ``SRPopup`` may change from call to call, those of another optimizer
-    where they are tensors on the device; masks or effective weights that others change lead to a new capture.
+    where they are tensors on the device; masks or weights of masked layers that others change lead to a new
+    capture.
 
     Args:
         optimizer: of the model that ``compute`` runs, ``SRPopup`` or one of torch's whose step waits for
@@ -29,6 +32,7 @@ class GraphedStep:
             must be the same at every call, and wait for nothing.
         scaler: for float16 autocast; its scale and its found-inf stay on the device.
         warm_up: steps before the capture, at least 1, for libraries to choose their algorithms.
+        model: with masked layers that ``compute`` runs; ``SRPopup`` knows its own.
 
     Raises:
         ValueError: ``warm_up`` is below 1.
@@ -40,10 +44,11 @@ class GraphedStep:
         compute: Callable[..., Tensor | tuple[Tensor, ...]],
         scaler: torch.amp.GradScaler | None = None,
         warm_up: int = 3,
+        model: nn.Module | None = None,
     ) -> None:
         if warm_up < 1:
             raise ValueError(f"warm_up must be at least 1, got {warm_up}")
-        self._optimizer, self._compute, self._scaler = optimizer, compute, scaler
+        self._optimizer, self._compute, self._scaler, self._model = optimizer, compute, scaler, model
         self._left = warm_up
         # Layouts of inputs that ran without a graph: for others, libraries have chosen no algorithms yet, and
         # in a capture they cannot time any.
@@ -51,6 +56,7 @@ class GraphedStep:
         # One for all steps without a graph: what a stream has freed serves no other.
         self._aside: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured = CapturedLayers(None)
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, ...] = ()
 
@@ -66,8 +72,8 @@ class GraphedStep:
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _step_on_device(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._graph is not None and not getattr(self._optimizer, "is_captured", True):
-            self._graph, self._left = None, 1
+        if self._graph is not None and not self._captured.is_current:
+            self._graph, self._captured, self._left = None, CapturedLayers(None), 1
         layout = _layout(inputs)
         if self._graph is None and self._left == 0 and layout in self._warm:
             self._capture(inputs)
@@ -83,11 +89,13 @@ class GraphedStep:
         present, aside = torch.cuda.current_stream(), self._aside or torch.cuda.Stream()
         self._aside = aside
         aside.wait_stream(present)
-        with torch.cuda.stream(aside):
-            outputs = self._step(inputs)
-        present.wait_stream(aside)
-        for x in inputs:
-            x.record_stream(aside)
+        try:
+            with torch.cuda.stream(aside):
+                outputs = self._step(inputs)
+        finally:  # also what has begun and then failed may still read them
+            present.wait_stream(aside)
+            for x in inputs:
+                x.record_stream(aside)
         for output in outputs:
             output.record_stream(present)
         return outputs
@@ -104,10 +112,11 @@ class GraphedStep:
             self._scaler.update()
         return tuple(output.detach() for output in outputs)
 
-    def _around(self, what: str) -> AbstractContextManager[None]:
-        """Return what an optimizer that keeps books on the host does around a capture or a replay."""
-        context: Callable[[], AbstractContextManager[None]] = getattr(self._optimizer, what, nullcontext)
-        return context()
+    def _capturing(self) -> AbstractContextManager[CapturedLayers]:
+        """Return what surrounds a capture, and yields what was captured."""
+        capturing: Callable[[], AbstractContextManager[CapturedLayers]] | None
+        capturing = getattr(self._optimizer, "capturing", None)
+        return capturing() if capturing else capturing_layers(self._model)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = [x.clone() for x in inputs]
@@ -117,13 +126,13 @@ class GraphedStep:
         # that pins batches, may go on meanwhile.
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        with self._around("capturing"), capture:
+        with self._capturing() as captured, capture:
             self._outputs = self._step(tuple(self._inputs))
-        self._graph = graph
+        self._graph, self._captured = graph, captured
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._graph is not None
-        with self._around("replaying"):
+        with self._captured.replaying():
             for to, x in zip(self._inputs, inputs, strict=True):
                 to.copy_(x, non_blocking=True)
             self._graph.replay()

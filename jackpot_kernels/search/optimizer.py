@@ -19,6 +19,7 @@ from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.ops.search_step import SearchStep
 from jackpot_kernels.ops.swap import PAIRS, new_workspace
+from jackpot_kernels.search.captured import CapturedLayers
 from jackpot_kernels.search.compat import AUTHORS, COMPAT, step_unless_tied
 from jackpot_kernels.search.schedule import Schedule, constant, ramp_table, rate_table, step_table
 
@@ -159,8 +160,6 @@ class SRPopup(torch.optim.Optimizer):
         self._stats = self._search["num_kept"].new_zeros(len(self._search["num_kept"]), 5)  # [S, 5]
         self._step: SearchStep | None = None
         self._capturing = False
-        # What a captured step reads and writes, which stays when an ordinary step comes in between.
-        self._captured: _Held | None = None
         self._words: list[Tensor] = []
         self._versions: list[int] = []
         self._calls = self.steps
@@ -181,6 +180,16 @@ class SRPopup(torch.optim.Optimizer):
             RuntimeError: past ``total_steps``, or when a layer was moved, replaced or given another number of
                 kept weights since the optimizer was made; nothing has changed then.
         """
+        try:
+            return self._take_step(closure)
+        except BaseException:
+            # GradScaler takes these back from a step that ends well, and multiplies what it finds at the next
+            # into its scale.
+            for given in ("grad_scale", "found_inf"):
+                vars(self).pop(given, None)
+            raise
+
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         self._require_steps_left()
         words = self._require_same_layers()
         loss = None
@@ -200,7 +209,7 @@ class SRPopup(torch.optim.Optimizer):
         return loss
 
     @contextmanager
-    def capturing(self) -> Iterator[None]:
+    def capturing(self) -> Iterator["CapturedSearch"]:
         """Let a CUDA graph capture ``step`` inside; it then happens at each replay inside ``replaying``.
 
         Settings are written to the device beforehand, where a captured step reads them; and what would wait
@@ -209,54 +218,16 @@ class SRPopup(torch.optim.Optimizer):
         self._require_steps_left()
         self._watch(self._require_same_layers())
         self._write_hyper()
+        captured = CapturedSearch(self)
         calls, self._capturing = self._calls, True
         try:
-            yield
-            self._captured = self._held()
+            yield captured
+            captured.look()
         finally:
             self._calls, self._capturing = calls, False
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether a captured step works on the masks and weights that the layers hold now.
-
-        It does not when they were built anew since, in another dtype or for another mask, or lie elsewhere,
-        nor when ``load_state_dict`` gave the optimizer other memory.
-        """
-        if self._captured is None:
-            return False
-        held = self._held()
-        return _same(held.tensors, self._captured.tensors) and held.addresses == self._captured.addresses
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Do what ``step`` does on the host, around the replay of a captured one.
-
-        Raises:
-            RuntimeError: as ``step`` does; nothing has changed then.
-        """
-        self._require_steps_left()
-        words = self._require_same_layers()
-        self._write_hyper()
-        yield
-        assert self._captured is not None
-        effective = [weight for weight in self._captured.effective if weight is not None]
-        written = (*self._scores, *self._momenta, *words, *effective)
-        torch.autograd.graph.increment_version(written)
-        self._watch(words)
-        self._calls += 1
-
     def _present_words(self) -> list[Tensor]:
         return [buffers["mask_words"] for _, buffers in self._tensors]
-
-    def _held(self) -> "_Held":
-        layers = self._layers.values()
-        return _Held(
-            self._present_words(),
-            [layer.cached_effective_weight for layer in layers],
-            [layer.cached_cast_weight for layer in layers],
-            [parameters["weight"].data_ptr() for parameters, _ in self._tensors],
-        )
 
     def stats(self) -> dict[str, SwapStats]:
         """Return what the last step did to each layer, or under the key "global" to all in the global scope.
@@ -430,8 +401,8 @@ class SRPopup(torch.optim.Optimizer):
         if missing:
             named = ", ".join(map(repr, missing))
             message = f"no gradient has reached {named}; a layer that is read but never called is not masked"
-            # Its caller, past two wrappers of torch's.
-            warnings.warn(message, stacklevel=5)
+            # The step's caller, past two wrappers of torch's.
+            warnings.warn(message, stacklevel=6)
 
     def _gradients(self) -> list[Tensor]:
         grads = [scores.grad for scores in self._scores]
@@ -443,8 +414,11 @@ class SRPopup(torch.optim.Optimizer):
             return None
         return torch.as_tensor(found_inf, dtype=torch.float32, device=self._device)
 
-    def _write_hyper(self) -> None:
+    def _write_hyper(self, scaled: bool = False) -> None:
         """Write the rows that the update reads, unless they stand there already.
+
+        Args:
+            scaled: whether a captured step will write the loss scale itself.
 
         Learning rates and loss scales that are tensors on the scores' device are used where they are. Numbers
         are filled in, for a copy from the host's memory would wait for the device. Learning rates stay out of
@@ -460,7 +434,7 @@ class SRPopup(torch.optim.Optimizer):
                 lr = -1.0  # no number, not even 0, is what stands there
             rows.append((float(lr) * step_scale, momentum, weight_decay, float(nesterov), 1.0))
         grad_scale = getattr(self, "grad_scale", None)
-        outdated = rows != self._group_rows or (self._scaled and grad_scale is None)
+        outdated = rows != self._group_rows or (self._scaled and grad_scale is None and not scaled)
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:
@@ -483,18 +457,43 @@ class SRPopup(torch.optim.Optimizer):
             self._group_hyper[:, 4].fill_(1.0)
 
 
-class _Held(NamedTuple):
-    """What a captured step finds by its address: of each layer the mask, the weights that are kept of it, and
-    where its own weight lies."""
+class CapturedSearch(CapturedLayers):
+    """A captured step of ``SRPopup``, with all that it finds by its address."""
 
-    words: list[Tensor]
-    effective: list[Tensor | None]
-    cast: list[Tensor | None]
-    addresses: list[int]
+    def __init__(self, optimizer: SRPopup) -> None:
+        super().__init__(optimizer._model)
+        self._optimizer = optimizer
+        self.look()
+
+    def look(self) -> None:
+        """Take what layers and optimizer hold now for what was captured."""
+        super().look()
+        own = self._optimizer
+        # A step in between may be over other effective weights, and replace the one that was captured.
+        self._step, self._rows, self._scaled = own._step, (own._hyper, own._group_hyper), own._scaled
 
     @property
-    def tensors(self) -> list[Tensor | None]:
-        return [*self.words, *self.effective, *self.cast]
+    def is_current(self) -> bool:
+        """Whether layers and optimizer hold the same memory now; ``load_state_dict`` gives it another."""
+        return self._rows[0] is self._optimizer._hyper and super().is_current
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Do what ``SRPopup.step`` does on the host, around the replay of a captured one.
+
+        Raises:
+            RuntimeError: as ``step`` does; nothing has changed then.
+        """
+        own = self._optimizer
+        own._require_steps_left()
+        words = own._require_same_layers()
+        own._write_hyper(scaled=self._scaled)
+        yield
+        assert self._step is not None
+        self._step.mark_written()
+        own._watch(words)
+        own._calls += 1
+        own._scaled = self._scaled
 
 
 def _same(present: Sequence[Any], known: Sequence[Any]) -> bool:

@@ -99,7 +99,9 @@ class Training(EpochLoop[TrainingSettings]):
             nesterov=s.nesterov,
             fused=graphed or None,
         )
-        self._take_step = GraphedStep(self._optimizer, self._compute) if graphed else self._plain_step
+        self._take_step = self._plain_step
+        if graphed:
+            self._take_step = GraphedStep(self._optimizer, self._compute, model=self.model)
 
     def _set_lr(self) -> None:
         self._rate = self._rate.fill_(self._lr()) if isinstance(self._rate, Tensor) else self._lr()
