@@ -189,6 +189,38 @@ def test_resumes_bit_for_bit(make, changes, steps, data):
     assert same_state(other.model, whole.model)
 
 
+def searching(data, changes):
+    return Search(network(), *data, SearchSettings(**changes))
+
+
+def training(data, changes):
+    return Training(fine_tuned(), *data, TrainingSettings(**changes))
+
+
+@pytest.mark.parametrize("make", [searching, training])
+def test_compiled_steps_are_those_of_the_plain_model_and_resume_bit_for_bit(make, data):
+    changes = {"epochs": 2, "batch_size": 32, "log_every": 1}
+    plain = records(make(data, changes))
+    changes["compile"] = True
+    whole = make(data, changes)
+    told = records(whole)
+    losses = [[r["loss"] for r in found if r["kind"] == "step"] for found in (plain, told)]
+    # Dropout draws otherwise in a compiled model.
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
+    parts = make(data, changes)
+    first = [parts.begin()]
+    for record in parts.run():
+        first.append(record)
+        if record["step"] == 3:
+            break
+    state = parts.state_dict()
+    torch._dynamo.reset()  # as a new process would begin
+    other = make(data, changes)
+    other.load_state_dict(state)
+    assert without_seconds([*first, *other.run()]) == without_seconds(told)
+    assert same_state(other.model, whole.model)
+
+
 def test_refuses_the_state_of_another_training(data):
     training = Training(network(), *data, TINY)
     training.begin()

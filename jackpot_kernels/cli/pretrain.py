@@ -40,6 +40,7 @@ def pretrain(
     schedule: Annotated[str, typer.Option(help="steps (a tenth at 1/2 and at 3/4) or cosine.")] = "steps",
     amp: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     channels_last: Annotated[bool, typer.Option(help="Keep convolutions in that memory format.")] = False,
+    compile: Annotated[bool, typer.Option(help="Take steps through torch.compile.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first weights, the order of the data, all draws.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs from one test to the next.")] = 1,
     log_every: Annotated[int, typer.Option(help="Steps from one line of the log to the next.")] = 10,

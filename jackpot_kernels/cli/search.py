@@ -48,6 +48,7 @@ def search(
     random_scores: Annotated[bool, typer.Option(help="Start from random scores, as edge-popup.")] = False,
     amp: Annotated[bool, typer.Option(help="Autocast to bfloat16.")] = False,
     channels_last: Annotated[bool, typer.Option(help="Keep convolutions in that memory format.")] = False,
+    compile: Annotated[bool, typer.Option(help="Take steps through torch.compile.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the data and all that is drawn.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Epochs from one test to the next.")] = 1,
     log_every: Annotated[int, typer.Option(help="Steps from one line of the log to the next.")] = 10,

@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -186,9 +187,14 @@ class EpochLoop(ABC, Generic[Settings]):
     def _compute(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return loss and accuracy of a batch."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.amp):
-            outputs = self.model(inputs)
+            outputs = self._network(inputs)
             loss = F.cross_entropy(outputs, labels)
         return loss, (outputs.argmax(1) == labels).double().mean()
+
+    @cached_property
+    def _network(self) -> Callable[[Tensor], Tensor]:
+        """The model as steps run it."""
+        return torch.compile(self.model) if self.settings.compile else self.model
 
     def _tick(self) -> Record:
         return {"kind": "tick", "step": self.step}

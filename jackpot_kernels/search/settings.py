@@ -30,6 +30,7 @@ class SearchSettings:
             are still those of ``criterion``.
         amp: autocast to bfloat16; scores stay float32.
         channels_last: keep the weights of convolutions in that memory format.
+        compile: take steps through ``torch.compile``, whose code may round otherwise; evaluations do not.
         evaluate_every: epochs from one evaluation on the test set to the next; the last epoch always has one.
         log_every: steps from one step record to the next.
         workers: processes that load a data set which is not held in tensors.
@@ -60,6 +61,7 @@ class SearchSettings:
     workers: int = 0
     evaluate_every: int = 1
     channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         num_pruned(self.sparsity, 0)
@@ -115,6 +117,7 @@ class TrainingSettings:
     evaluate_every: int = 1
     log_every: int = 10
     workers: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require_common(self)
