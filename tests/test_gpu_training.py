@@ -6,7 +6,8 @@ import torch
 from jackpot_kernels.data import Batches, digits
 from jackpot_kernels.models import digits_net
 from jackpot_kernels.search.evaluation import evaluate
-from jackpot_kernels.search.settings import TrainingSettings
+from jackpot_kernels.search.loop import Search
+from jackpot_kernels.search.settings import SearchSettings, TrainingSettings
 from jackpot_kernels.search.training import Training
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +28,20 @@ def test_replays_have_the_bits_of_steps_without_a_graph():
     assert losses == wanted and losses[-1] < losses[0] / 2
     for name, tensor in plain.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_compiled_steps_are_captured_and_end_where_plain_ones_do():
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        settings = SearchSettings(epochs=4, batch_size=128, amp=True, channels_last=True, compile=compiled)
+        search = Search(digits_net(), *digits(), settings, "cuda")
+        told = [search.begin(), *search.run()]
+        assert search._take_step._graph is not None
+        found.append(told[-2])
+    plain, ours = found
+    assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
+    assert ours["overlap"] == pytest.approx(plain["overlap"], abs=0.01) and ours["overlap"] < 1
 
 
 def test_a_test_in_larger_batches_counts_every_image_once():
