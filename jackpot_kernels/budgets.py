@@ -114,7 +114,8 @@ def erk(importance: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     return dict(zip(importance, counts, strict=True))
 
 
-BUDGETS: Mapping[str, Budget] = {"global": global_, "uniform": uniform, "erk": erk}
+# "magnitude" is one global selection, too, but by magnitude whatever the criterion.
+BUDGETS: Mapping[str, Budget] = {"global": global_, "magnitude": global_, "uniform": uniform, "erk": erk}
 
 
 def given(importance: Mapping[str, Tensor], num_kept: Mapping[str, int]) -> dict[str, int]:

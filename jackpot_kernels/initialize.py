@@ -33,8 +33,9 @@ def initialize(
             numel)`` weights go. Where that would leave a layer none, it keeps its best one and a warning says
             so.
         criterion: "magnitude", "snip", "grasp", "random", or the importance of each layer by name.
-        budget: "global" (one selection over all layers fixes what each keeps), "uniform", "erk", or the count
-            that each layer keeps by name, and then ``sparsity`` is not used.
+        budget: "global" (one selection by the criterion over all layers fixes what each keeps), "magnitude"
+            (one by magnitude, whatever the criterion), "uniform", "erk", or the count that each layer keeps
+            by name, and then ``sparsity`` is not used.
         keep_last_dense: the last masked layer keeps all its weights and the budget covers the others; its
             scores are frozen, so that no search moves it. A count given for it in ``budget`` goes before
             this.
@@ -52,7 +53,8 @@ def initialize(
     _require_eta(eta)
     searched = _searched(layers, budget, keep_last_dense)
     importance = _importance(model, layers, searched, criterion, loss_fn, batches, generator)
-    num_kept = _num_kept(importance, budget, sparsity)
+    ranked = criteria.magnitude(searched) if budget == "magnitude" else importance
+    num_kept = _num_kept(ranked, budget, sparsity)
     masks = {name: budgets.kept_masks([importance[name]], [num_kept[name]])[0] for name in searched}
     for name, layer in layers.items():
         mask = masks.get(name, torch.ones_like(layer.mask))

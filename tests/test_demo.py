@@ -115,6 +115,18 @@ def test_random_scores_rank_as_their_mask():
         assert layer.num_kept == jk.masked_layers(warm)[name].num_kept
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_scores_are_not_the_draws_of_the_first_weights(seed):
+    """A network made with the seed of its search, as the demo makes it."""
+    torch.manual_seed(seed)
+    model = jk.convert(digits_net())
+    settings = SearchSettings(random_scores=True, seed=seed)
+    initialize_masks(model, settings, Batches(digits()[0], 64, torch.device("cpu")))
+    for name, layer in list(jk.masked_layers(model).items())[1:-1]:
+        both = torch.stack([layer.scores.detach().flatten(), layer.weight.flatten()])
+        assert torch.corrcoef(both)[0, 1].abs() < 0.05, name
+
+
 def test_sr_popup_at_90_percent_is_within_a_point_of_dense(monkeypatch, one_thread):
     monkeypatch.setattr(comparison, "SPARSITIES", (0.9,))
     monkeypatch.setattr(comparison, "SEARCHES", {OURS: comparison.SEARCHES[OURS]})

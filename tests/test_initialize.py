@@ -73,6 +73,16 @@ def test_global_magnitude_is_one_selection(make, share, keep_last_dense):
         assert layer.scores.requires_grad == (name in names) and not layer.weight.requires_grad
 
 
+def test_the_budget_of_magnitude_is_that_of_its_global_selection():
+    model, like = network(), network()
+    initialize(like, 0.8, keep_last_dense=False)
+    generator = torch.Generator().manual_seed(1)
+    initialize(model, 0.8, "random", "magnitude", keep_last_dense=False, generator=generator)
+    pairs = list(zip(masked_layers(model).values(), masked_layers(like).values(), strict=True))
+    assert [ours.num_kept for ours, _ in pairs] == [theirs.num_kept for _, theirs in pairs]
+    assert not any(torch.equal(ours.mask_words, theirs.mask_words) for ours, theirs in pairs)
+
+
 @pytest.mark.parametrize("make", [network, lambda: tied(network())])
 @pytest.mark.parametrize("budget", ["uniform", "erk", {"0": 3, "2": 504, "4": 1}])
 def test_each_layer_keeps_its_first_by_magnitude(make, budget):
@@ -219,7 +229,7 @@ NAN = {"0": torch.full((8, 3, 3, 3), math.nan), "2": torch.ones(7, 8, 3, 3)}
         (
             {"budget": "layer"},
             ValueError,
-            "budget must be one of global, uniform, erk or a dict of counts, got 'layer'",
+            "budget must be one of global, magnitude, uniform, erk or a dict of counts, got 'layer'",
         ),
         ({"budget": {"0": 1, "2": 1, "nose": 1}}, ValueError, "budget must name masked layers, got 'nose'"),
         ({"budget": {"0": 0, "2": 1}}, ValueError, "budget of '0' must be in [1, 216], got 0"),

@@ -37,7 +37,7 @@ def search(
     weight_decay: Annotated[float, typer.Option(help="Weight decay of the scores.")] = 5e-4,
     method: Annotated[str, typer.Option(help="sr-popup or supermask.")] = "sr-popup",
     criterion: Annotated[str, typer.Option(help="magnitude, snip, grasp or random.")] = "magnitude",
-    budget: Annotated[str, typer.Option(help="global, uniform or erk.")] = "global",
+    budget: Annotated[str, typer.Option(help="global, magnitude, uniform or erk.")] = "global",
     scope: Annotated[str, typer.Option(help="Weights compete by layer, or global.")] = "layer",
     schedule: Annotated[str, typer.Option(help="quartic, inverse, constant or single.")] = "quartic",
     pairs: Annotated[str, typer.Option(help="best, inverse or random.")] = "best",

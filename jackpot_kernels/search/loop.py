@@ -169,7 +169,8 @@ class Search(EpochLoop[SearchSettings]):
 
 def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches) -> None:
     """Give a converted model the masks and scores that ``settings`` start from."""
-    generator = torch.Generator().manual_seed(settings.seed)
+    # Not the seed itself: the network's first weights may be the same draws.
+    generator = torch.Generator().manual_seed((settings.seed + 1) * 2_654_435_761 % 2**32)
     common: dict[str, Any] = {
         "sparsity": settings.sparsity,
         "keep_last_dense": settings.keep_last_dense,
