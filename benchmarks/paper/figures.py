@@ -172,7 +172,7 @@ def _plot_cost(experiment: Experiment, findings: Findings) -> Drawn:
             _line(axes, _costed(rows, column, findings), f"{label}, measured", looks[label])
         axes.set(xlabel="epochs of training or searching", ylabel="accuracy (%)", xscale="log")
     _legend(plot, panels)
-    return plot, f"{experiment.title}. Hollow: values that the paper states; filled: measured here."
+    return plot, f"{experiment.title}. Hollow: what the paper states, of its networks; filled: ours."
 
 
 def _costed(rows: Iterable[Row], column: int, findings: Findings) -> list[Point]:

@@ -62,12 +62,16 @@ def _as_markdown(section: Section) -> str:
 
 def _lead(scale: Scale) -> str:
     if scale.name == "full":
-        return "Networks, data and epochs are the paper's."
+        return (
+            "Networks, data and epochs are the paper's. Pre-trained weights for ImageNet are those that the "
+            "libraries offer, whose dense accuracy may be another. All seeds share one dense network."
+        )
     standing = ", ".join(f"{ours} for {theirs}" for theirs, ours in scale.networks.items())
     images = f"{scale.search.images:,} training images" if scale.search.images else "all training images"
     return (
         f"Smaller than the paper: {standing}; searches on {images}; {scale.dense_epochs} epochs of dense "
-        "training. The paper's values are not targets here; what can be compared is the order of the methods."
+        "training. The paper's values are not targets here; what can be compared is the order of the methods. "
+        "All seeds share one dense network and one subset of the images: the deviation is the search's alone."
     )
 
 
