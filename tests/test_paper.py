@@ -2,13 +2,18 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -28,6 +33,8 @@ from jackpot_kernels.data import DATA, digits
 from jackpot_kernels.models import MODELS, digits_net
 from jackpot_kernels.search.loop import Search
 from jackpot_kernels.search.settings import SearchSettings, TrainingSettings
+
+ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments: str) -> tuple[int, str, str]:
@@ -258,7 +265,7 @@ def test_processes_do_what_one_does(smoke, tmp_path, undrawn):
     code, _, err = smoke_command("table7", tmp_path, "--jobs", "2")
     assert code == 0, err
     single, several = Results(smoke), Results(tmp_path)
-    assert len(several) == 4
+    assert len(several) == 5
     for result in several.values():
         assert result["accuracy"] == single._by_key[result["key"]]["accuracy"]
 
@@ -272,6 +279,51 @@ def test_what_goes_wrong_in_a_process_is_told(copy):
     code, _, err = smoke_command("table7", copy, "--jobs", "2")
     assert code == 2 and "must be a whole safetensors file" in err and "Traceback" not in err
     assert path.read_text().splitlines() == lines
+
+
+OF_A_LONG_RUN = """
+import multiprocessing, os, pathlib, sys, time
+from benchmarks.paper import execute
+
+def long_run(workshop, run):
+    pathlib.Path(run).write_text(str(os.getpid()))
+    time.sleep(600)
+
+execute.Workshop.make = long_run
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=execute._serve, args=(there, pathlib.Path(), "cpu", 1)).start()
+    here.send(sys.argv[1])
+    time.sleep(600)
+"""
+
+
+def test_no_run_outlives_the_process_that_asked_for_it(tmp_path):
+    script, begun = tmp_path / "script.py", tmp_path / "begun"
+    script.write_text(OF_A_LONG_RUN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    asks = subprocess.Popen([sys.executable, script, begun], env=environment)
+    try:
+        until(lambda: begun.is_file() and begun.read_text())
+    finally:
+        asks.kill()
+        asks.wait()
+    until(lambda: not is_alive(int(begun.read_text())))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_nothing_starts_that_would_end_too_late(tmp_path, made):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, suppress
@@ -244,8 +245,9 @@ def _at_once(todo: list[Run], fits: Fits, folder: Path, device: str, jobs: int) 
 
 
 def _serve(connection: Connection, folder: Path, device: str, threads: int) -> None:
-    """Make runs as they are asked for; Ctrl-C is left to the process that asks."""
+    """Make runs as they are asked for; Ctrl-C is left to the process that asks, and no run outlives that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     workshop = Workshop(folder, device)
     # Where the process that asks is gone, there is nobody to tell.
@@ -257,6 +259,13 @@ def _serve(connection: Connection, folder: Path, device: str, threads: int) -> N
             except Exception as error:
                 answer = error
             connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _received(connection: Connection, run: Run) -> Result:

@@ -70,8 +70,8 @@ def _lead(scale: Scale) -> str:
     images = f"{scale.search.images:,} training images" if scale.search.images else "all training images"
     return (
         f"Smaller than the paper: {standing}; searches on {images}; {scale.dense_epochs} epochs of dense "
-        "training. The paper's values are not targets here; what can be compared is the order of the methods. "
-        "All seeds share one dense network and one subset of the images: the deviation is the search's alone."
+        "training. The paper's values are not targets here; what can be compared is the order of methods. "
+        "All seeds share one dense network and one subset of images: the deviation is the search's alone."
     )
 
 
