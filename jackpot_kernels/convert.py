@@ -40,7 +40,7 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
     weight is read without calling them: no mask applies there. A layer that stands in several places stays
     one layer. A weight that other modules share (an embedding, say) stays shared and whole there: it is
     masked in the converted layer only, and ``finalize`` parts them. Layers that are masked already stay as
-    they are. Hooks on a replaced layer are lost.
+    they are. Hooks and attributes of a replaced layer go along.
 
     Args:
         model: any network; its weights keep their bits.
@@ -52,9 +52,11 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
 
     Raises:
         ValueError: when there is no layer to mask, an entry of ``exclude`` matches none or a masked one, a
-            weight is empty, not floating-point or computed by a hook, or a lazy module has not run yet. The
-            model is then as it was.
+            weight is empty, not floating-point or computed by a hook, a layer has a ``forward`` of its own,
+            or a lazy module has not run yet. The model is then as it was.
+        TypeError: when ``model`` is no module.
     """
+    _require_module(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(
@@ -102,6 +104,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """Return the masked layers by name, in module order; a layer that stands in several places comes once."""
+    _require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
@@ -186,7 +189,14 @@ def _paths(name: str) -> Iterator[str]:
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def _require_maskable(name: str, layer: nn.Module) -> None:
+    if "forward" in vars(layer):
+        raise ValueError(f"forward of {name!r} must be that of its class, got one of its own; exclude it")
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(

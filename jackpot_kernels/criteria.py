@@ -34,7 +34,7 @@ def random(layers: Mapping[str, MaskedLayer], generator: torch.Generator | None 
     """
     source = generator.device if generator is not None else torch.device("cpu")
     draws = {
-        name: torch.rand(layer.weight.shape, generator=generator, device=source)
+        name: torch.rand(layer.weight.shape, generator=generator, dtype=torch.float32, device=source)
         for name, layer in layers.items()
     }
     return {name: draw.to(layers[name].weight.device) for name, draw in draws.items()}
@@ -81,9 +81,8 @@ def grasp(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> dict[str
     for x, y in batches:
         loss = loss_fn(whole(x), y)
         parts = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
-        norm = sum(
-            ((p.float() * g).sum() for p, g in zip(parts, gradients.values(), strict=True)), torch.zeros(())
-        )
+        pairs = zip(parts, gradients.values(), strict=True)
+        norm = sum(((p.float() * g).sum() for p, g in pairs), parts[0].new_zeros((), dtype=torch.float32))
         # A loss that is linear in every weight has no second derivative.
         if norm.requires_grad:
             seconds = torch.autograd.grad(norm, list(weights.values()), materialize_grads=True)

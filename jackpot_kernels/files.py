@@ -4,10 +4,11 @@ For a weight ``key`` that is worth it the file has ``key#mask`` (the int32 words
 ``key#values`` (the kept values in logical row-major order); every other entry of the state dict is stored as
 it is, under its own name. The metadata entry ``jackpot`` is JSON: ``version``, ``layers`` (key to shape,
 dtype and num_kept), ``aliases`` (key to the key that stores the same tensor), ``sparsity`` (masked and
-overall) and ``source``.
+overall), ``source``, and ``sha256`` over all names and contents, which older files lack.
 """
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -90,6 +91,7 @@ def save_jackpot(model: nn.Module, path: str | os.PathLike[str], *, source: str 
         "sparsity": _sparsity(model, layers)._asdict(),
         "source": source,
     }
+    header["sha256"] = _digest(tensors)
     write_whole(Path(path), save(tensors, {_METADATA: json.dumps(header)}))
 
 
@@ -121,6 +123,8 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     tensors, header = _read(path, sum(tensor.nbytes for tensor in state.values()))
     info = _info(header)
     decoded = _decode(tensors, header, state)
+    if header.get("sha256", digest := _digest(tensors)) != digest:
+        raise JackpotFileError(f"tensors of {path} must have the SHA-256 that its header names, got {digest}")
     for owner, name in _parted(model, decoded, state):
         shared = owner.get_parameter(name)
         owner.register_parameter(name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
@@ -192,9 +196,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read(path: str | os.PathLike[str], dense_bytes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -286,7 +291,7 @@ def _unpack(key: str, words: Tensor, values: Tensor, layer: Any, target: Tensor)
         raise JackpotFileError(
             f"mask of {key!r} must keep {num_values} weights as the header says, got {int(mask.sum())}"
         )
-    weight = torch.zeros(shape, dtype=values.dtype)
+    weight = torch.zeros(shape, dtype=values.dtype, device=values.device)
     weight[mask] = values
     return weight
 
@@ -341,6 +346,15 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
         return model.get_submodule(path), name
     except AttributeError:  # a hook made the entry
         return model, key
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names and contents of tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].nbytes}\n".encode())
+        digest.update(_bytes(tensors[name]).numpy().data)
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

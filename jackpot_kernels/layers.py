@@ -22,6 +22,7 @@ from jackpot_kernels.ops.masked import differentiable
 from jackpot_kernels.ops.pack_mask import has_bits_after, pack_mask, unpack_mask
 
 Layer = TypeVar("Layer", bound="MaskedLayer")
+_TENSORS = ("weight", "bias", "scores", "mask_words")
 # Where a module keeps its parameters or buffers. As attributes they are found by a search in Python, which a
 # forward pass of a frozen dense layer, from the cold caches that a convolution leaves, would rather not make.
 _Tensors = dict[str, Any]
@@ -32,6 +33,7 @@ class MaskedLayer(nn.Module):
 
     ``weight`` has any floating dtype and memory format. ``scores`` is a float32 Parameter, ``mask_words`` the
     packed mask, both in logical row-major order; neither changes with the layer's dtype or memory format.
+    The words are bits, which no average of models may touch.
 
     ``backend`` is as for ``jackpot_kernels.masked_linear``, and may be set at any time. With "dense" and
     "mixed" the layer keeps ``weight * mask`` in the compute dtype, with "fused" nothing, or ``weight`` in the
@@ -65,6 +67,8 @@ class MaskedLayer(nn.Module):
     @classmethod
     def from_dense(cls: type[Layer], module: nn.Module) -> Layer:
         """Return the masked layer of a plain one: it shares weight and bias, now frozen, and prunes nothing.
+
+        Hooks go along, and so do attributes, tensors and modules that were put on it.
 
         Raises:
             TypeError: ``module`` is not of the plain class.
@@ -357,7 +361,18 @@ def _blank(kind: type[Any], like: Any, arguments: tuple[str, ...]) -> Any:
     """Return a layer of another class with the arguments of ``like`` and tensors without memory."""
     kept = {name: getattr(like, name) for name in arguments}
     layer = kind(**kept, bias=like.bias is not None, device="meta", dtype=like.weight.dtype)
-    return layer.train(like.training)
+    _carry_over(like, layer)
+    return layer
+
+
+def _carry_over(like: nn.Module, layer: nn.Module) -> None:
+    """Give a layer what else stands on another: hooks, and what a person has put there."""
+    own, of_modules = vars(layer), vars(nn.Module())
+    for name, value in vars(like).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            own[name].update({key: v for key, v in value.items() if key not in (*own[name], *_TENSORS)})
+        elif name in of_modules or not (name in own or hasattr(MaskedLayer, name)):
+            own[name] = value
 
 
 def _state(weight: Tensor, words: Tensor, made: Tensor) -> tuple[int, ...]:

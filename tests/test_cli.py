@@ -437,7 +437,7 @@ def test_env_prints_facts():
         (["--scope", "block"], "scope must be one of layer, global, got 'block'"),
         (["--pairs", "worst"], "pairs must be one of best, inverse, random, got 'worst'"),
         (["--criterion", "taylor"], "criterion must be one of magnitude, snip, grasp, random, got 'taylor'"),
-        (["--budget", "even"], "budget must be one of global, uniform, erk, got 'even'"),
+        (["--budget", "even"], "budget must be one of global, magnitude, uniform, erk, got 'even'"),
         (["--normalization", "off"], "normalization must be one of stats, frozen, recalibrate, got 'off'"),
         (["--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
         (
@@ -492,6 +492,17 @@ def test_backend_that_cannot_run_is_one_sentence(backend, sentence, tmp_path, mo
     result = search(tmp_path / "out", *PLAIN, *TINY, expect=2)
     assert result.stderr.startswith(f"jackpot: {sentence}")
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda log: b"?" + log[1:], lambda log: log.replace(b'"start"', b'"stare"', 1)]
+)
+def test_a_damaged_log_is_named(damage, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    log = folder / "log.jsonl"
+    log.write_bytes(damage(log.read_bytes()))
+    *_, found = search(folder, "--resume", expect=2).stderr.splitlines()
+    assert found == f"jackpot: log must hold the records of a search from its start on, got {log}"
 
 
 def test_search_wants_model_and_data(tmp_path):

@@ -182,6 +182,44 @@ def test_a_weight_that_a_hook_computes_is_refused():
     assert type(model[0]) is nn.Linear and all(flags(model).values())
 
 
+def test_a_forward_of_its_own_is_refused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[1].forward = lambda x: 2 * x
+    with pytest.raises(
+        ValueError, match="forward of '1' must be that of its class, got one of its own; excl"
+    ):
+        convert(model)
+    assert type(model[0]) is nn.Linear
+    assert type(convert(model, exclude="1")[0]) is MaskedLinear
+
+
+def test_hooks_and_what_was_put_on_a_layer_go_along_both_ways():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    layer, inner = model[0], nn.Dropout().eval()
+    hook = layer.register_forward_hook(lambda *_: 2 * _[2])
+    layer.scale, layer.inner = 3.0, inner
+    layer.register_buffer("counts", torch.ones(2))
+    layer.register_buffer("passing", torch.ones(2), persistent=False)
+    layer.extra = nn.Parameter(torch.ones(2))
+    before, keys = model(x), model.state_dict().keys()
+    convert(model)
+    assert torch.equal(model(x), before)
+    assert model.state_dict().keys() == keys | {"0.scores", "0.mask_words"}
+    assert (model[0].scale, model[0].inner) == (3.0, inner) and not inner.training
+    finalize(model)
+    assert torch.equal(model(x), before) and model.state_dict().keys() == keys
+    assert (model[0].scale, model[0].inner) == (3.0, inner) and not inner.training
+    assert not vars(model[0]).keys() - vars(layer).keys()
+    hook.remove()
+    assert torch.equal(2 * model(x), before)
+
+
+@pytest.mark.parametrize("function", [convert, finalize, masked_layers, sparsity])
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        function(None)
+
+
 def test_a_complex_weight_is_refused():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"^weight of '1' must be floating-point, got torch.complex64$"):

@@ -309,6 +309,36 @@ def test_random_damage_never_half_loads(saved, tmp_path):
             assert bits(model) == before
 
 
+def test_a_flipped_bit_of_any_tensor_is_refused(saved, tmp_path):
+    content, damaged = saved.read_bytes(), tmp_path / "damaged"
+    rng = np.random.default_rng(1)
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for position in rng.integers(header, len(content), 100):
+        changed = bytearray(content)
+        changed[position] ^= 1 << rng.integers(8)
+        damaged.write_bytes(changed)
+        assert_refused(damaged, network(1))
+
+
+def test_a_file_from_before_there_was_a_digest_is_read(saved, tmp_path):
+    _, header, _ = unpack(saved)
+    del header["sha256"]
+    old = tmp_path / "old"
+    old.write_bytes(
+        safetensors.torch.save(safetensors.torch.load_file(saved), {"jackpot": json.dumps(header)})
+    )
+    model = network(1)
+    load_jackpot(old, model)
+    assert bits(model) == bits(finalize(pruned()))
+
+
+def test_the_default_device_is_not_asked(saved):
+    model = network(1)
+    with torch.device("meta"):
+        load_jackpot(saved, model)
+    assert bits(model) == bits(finalize(pruned()))
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8 + 1, 10**9, 0, 3])
 def test_a_lying_header_length_is_refused(saved, length):
     saved.write_bytes(struct.pack("<Q", length) + saved.read_bytes()[8:])
@@ -535,8 +565,9 @@ def test_a_failed_write_leaves_the_old_file_alone(saved, monkeypatch, function, 
 
     before = saved.read_bytes()
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as failed:
         save_jackpot(pruned(seed=4), saved)
+    assert not isinstance(error, OSError) or failed.value.filename == str(saved)
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 

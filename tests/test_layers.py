@@ -581,6 +581,16 @@ def test_a_parametrized_weight_is_refused(layer):
         layer(torch.randn(1, 4, 5, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_batches(dtype):
+    layer = MaskedConv2d.from_dense(nn.Conv2d(4, 6, 3)).to(dtype=dtype, memory_format=torch.channels_last)
+    y = layer(torch.randn(2, 4, 5, 5, dtype=dtype))
+    along = torch.randn(3, *y.shape).to(dtype)
+    (got,) = torch.autograd.grad(y, layer.scores, along, is_grads_batched=True, retain_graph=True)
+    wanted = [torch.autograd.grad(y, layer.scores, one, retain_graph=True)[0] for one in along]
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=2**-6, atol=2**-6)
+
+
 def test_gradients_of_each_sample_through_vmap(layer):
     x = torch.randn(3, 4, 5, 5)
     layer(x)

@@ -53,6 +53,59 @@ def loss_of(model, step):
     return 30 * nn.functional.cross_entropy(model(x), y)
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float64])
+def default_dtype(request):
+    """Another one than float32."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_scores_are_float32_whatever_the_default_is(default_dtype, criterion):
+    model = jk.convert(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)))
+    assert model[0].weight.dtype == default_dtype
+    jk.initialize(model, 0.5, criterion)
+    optimizer = jk.SRPopup(model, total_steps=2)
+    model(torch.randn(8, 6)).sum().backward()
+    optimizer.step()
+    assert model[0].scores.dtype == torch.float32 and optimizer.steps == 1
+
+
+def test_the_default_device_is_not_asked():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    run(model, optimizer, range(2))
+    with torch.device("meta"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    run(model, optimizer, [2])
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"lr": float("nan")}, "lr must be finite in float32 and at least 0, got nan"),
+        ({"lr": -1.0}, "lr must be finite in float32 and at least 0, got -1.0"),
+        ({"momentum": float("inf")}, "momentum must be finite in float32 and at least 0, got inf"),
+    ],
+)
+def test_a_bad_number_in_a_group_changes_nothing(change, sentence):
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=3)
+    run(model, optimizer, range(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" not in name}
+    optimizer.param_groups[0].update(change)
+    loss_of(model, 1).backward()
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.step()
+    for name, tensor in before.items():
+        assert "running" in name or "tracked" in name or torch.equal(model.state_dict()[name], tensor), name
+    optimizer.param_groups[0].update(lr=0.1, momentum=0.9)
+    optimizer.step()
+    assert optimizer.steps == 2
+
+
 def run(model, optimizer, steps, scheduler=None):
     for step in steps:
         optimizer.zero_grad()

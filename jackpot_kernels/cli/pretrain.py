@@ -68,10 +68,10 @@ def pretrain(
 
 def _finish(training: "Training", folder: "RunFolder", names: Names) -> None:
     """Save the weights, write the report and print where they are."""
-    records = folder.records()
-    last = records[-2]
     weights = folder.path / "dense.safetensors"
     with one_sentence(), writing("output", folder.path):
+        records = folder.records()
+        last = records[-2]
         write_whole(weights, _checkpoint(training, names, last["test_accuracy"]))
         from jackpot_kernels.report import write_training_report
 

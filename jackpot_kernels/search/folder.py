@@ -46,7 +46,7 @@ class RunFolder:
             raise FileExistsError(f"output must be a folder without a log, got {self.log} and no checkpoint")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.log.write_text("")
+            self.log.touch()
         except OSError as error:
             raise OSError(
                 f"output must be a folder that can be written to, got {self.path} ({error.strerror})"
@@ -78,8 +78,20 @@ class RunFolder:
             file.write(json.dumps(_finite(record)) + "\n")
 
     def records(self) -> list[Record]:
-        """Return what the log holds."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Return what the log holds.
+
+        Raises:
+            ValueError: when that is not the records of a run from its start on.
+        """
+        lines = self.log.read_text().splitlines()
+        try:
+            records: list[Record] = [json.loads(line) for line in lines]
+            kinds = [record["kind"] for record in records]
+        except (ValueError, TypeError, KeyError):
+            kinds = []
+        if kinds[:1] != ["start"]:
+            raise ValueError(f"log must hold the records of a {self.kind} from its start on, got {self.log}")
+        return records
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write the checkpoint beside the old one, then rename it.

@@ -198,5 +198,5 @@ def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches)
 def _random_scores(layer: MaskedLayer, generator: torch.Generator) -> Tensor:
     """Draw scores as edge-popup does: the absolute value of Kaiming's uniform with a = sqrt(5)."""
     fan_in = layer.weight[0].numel()
-    draw = torch.rand(layer.weight.shape, generator=generator) / math.sqrt(fan_in)
-    return draw.to(layer.weight.device)
+    draw = torch.rand(layer.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (draw / math.sqrt(fan_in)).to(layer.weight.device)

@@ -149,13 +149,14 @@ class SRPopup(torch.optim.Optimizer):
             (layer._parameters, layer._buffers) for layer in layers
         ]
         self._links = _links(self._model, self._layers)
-        self._no_tensor = torch.empty(0, device=device)
+        self._no_tensor = torch.empty(0, dtype=torch.float32, device=device)
         self._workspace = new_workspace(self._scores, self._joint)
         group_of = {id(scores): i for i, group in enumerate(self.param_groups) for scores in group["params"]}
         self._group_of_layer = torch.tensor([group_of[id(scores)] for scores in self._scores], device=device)
         self._group_rows: list[tuple[float, ...]] = []
-        self._group_hyper = torch.zeros(len(self.param_groups), 5, device=device)  # [G, 5]
-        self._hyper = torch.zeros(len(layers), 5, device=device)  # [L, 5]
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self._group_hyper = torch.zeros(len(self.param_groups), 5, **floats)  # [G, 5]
+        self._hyper = torch.zeros(len(layers), 5, **floats)  # [L, 5]
         self._scaled = False
         self._stats = self._search["num_kept"].new_zeros(len(self._search["num_kept"]), 5)  # [S, 5]
         self._step: SearchStep | None = None
@@ -179,6 +180,7 @@ class SRPopup(torch.optim.Optimizer):
         Raises:
             RuntimeError: past ``total_steps``, or when a layer was moved, replaced or given another number of
                 kept weights since the optimizer was made; nothing has changed then.
+            ValueError: when a group was given a number that is out of range; nothing has changed then.
         """
         try:
             return self._take_step(closure)
@@ -353,7 +355,7 @@ class SRPopup(torch.optim.Optimizer):
         _require_same_groups(state_dict, self.param_groups)
         for key in ("table", "num_kept", "control"):
             _require_alike(f"{key} of state_dict", search[key], own[key])
-        sizes = torch.tensor([scores.numel() for scores in self._scores])
+        sizes = torch.tensor([scores.numel() for scores in self._scores], device="cpu")
         sizes = sizes.sum(0, keepdim=True) if self._joint else sizes  # [S]
         first, last = search["num_kept"].cpu().unbind(1)
         if not bool(((last >= 1) & (last <= first) & (first <= sizes)).all()):
@@ -438,6 +440,9 @@ class SRPopup(torch.optim.Optimizer):
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:
+            for group, row in zip(self.param_groups, rows, strict=True):
+                if row not in self._group_rows and not isinstance(group["lr"], Tensor):
+                    _require_hyper(group)
             self._fill_rows(rows)
             self._group_rows, self._scaled = rows, False
         for i, lr, step_scale in tensor_lrs:
@@ -512,8 +517,6 @@ def _name_of(schedule: str | Schedule) -> str:
 
 
 def _searchable_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = masked_layers(model)
     if not any(layer.scores.requires_grad for layer in layers.values()):
         raise ValueError(

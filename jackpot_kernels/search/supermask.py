@@ -89,7 +89,7 @@ class Supermask(torch.optim.Optimizer):
         seed = (self._search["seed"] * 1_000_003 + self._search["steps"]) % 2**63
         generator = torch.Generator(device).manual_seed(seed)
         for layer in self._layers.values():
-            draw = torch.rand(layer.scores.shape, generator=generator, device=device)
+            draw = torch.rand(layer.scores.shape, generator=generator, dtype=torch.float32, device=device)
             layer.mask = draw < layer.scores.detach().sigmoid()
 
     @torch.no_grad()
