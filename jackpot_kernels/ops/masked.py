@@ -59,7 +59,8 @@ def score_grad(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(grad: Tensor, weight: Tensor) -> Tensor:
-    if torch._C._functorch.is_legacy_batchedtensor(grad):  # as of gradients in batches, which know no out
+    # Gradients in batches know no out.
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
         return (grad.float() * weight.float()).contiguous()
     # A multiplication by float32 promotes the other factor first, so this one pass rounds once.
     return torch.mul(grad, weight.float(), out=grad.new_empty(grad.shape, dtype=torch.float32))
