@@ -41,7 +41,7 @@ class CapturedLayers:
         addresses = []
         for layer in self._layers:
             # As attributes of a module they take ten times as long to read.
-            weight, scores = layer._parameters["weight"], layer._parameters["scores"]
+            weight, scores = layer._parameters.get("weight"), layer._parameters["scores"]
             words = layer._buffers["mask_words"]
             kept += words, layer.cached_effective_weight, layer.cached_cast_weight
             addresses += [tensor.data_ptr() for tensor in (weight, scores, words) if tensor is not None]
