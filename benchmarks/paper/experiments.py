@@ -232,8 +232,7 @@ def _ablation(table: str, columns: Mapping[str, Mapping[str, Any]], quoted: Mapp
 
 _CRITERIA = {"magnitude": "magnitude", "snip": "SNIP", "grasp": "GraSP", "random": "random"}
 _SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-_REDUCED: tuple[str, ...] = ("full", "reduced")
-_WHERE = {0.7: _REDUCED, 0.9: ALL, 0.95: ALL}  # the others are run at full scale only
+_WHERE = {0.9: ALL, 0.95: ALL}  # the others are run at full scale only
 
 
 def _percent(sparsity: float) -> str:
