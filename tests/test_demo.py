@@ -127,6 +127,16 @@ def test_random_scores_are_not_the_draws_of_the_first_weights(seed):
         assert torch.corrcoef(both)[0, 1].abs() < 0.05, name
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_scores_are_not_the_draws_of_a_random_mask(seed):
+    model, train = jk.convert(digits_net()), Batches(digits()[0], 64, torch.device("cpu"))
+    masks = []
+    for choice in ({"random_scores": True}, {"criterion": "random"}):
+        initialize_masks(model, SearchSettings(budget="uniform", seed=seed, **choice), train)
+        masks.append({name: layer.mask for name, layer in list(jk.masked_layers(model).items())[:-1]})
+    assert jk.overlap(*masks) == pytest.approx(0.9**2 + 0.1**2, abs=0.01)
+
+
 def test_sr_popup_at_90_percent_is_within_a_point_of_dense(monkeypatch, one_thread):
     monkeypatch.setattr(comparison, "SPARSITIES", (0.9,))
     monkeypatch.setattr(comparison, "SEARCHES", {OURS: comparison.SEARCHES[OURS]})

@@ -169,8 +169,6 @@ class Search(EpochLoop[SearchSettings]):
 
 def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches) -> None:
     """Give a converted model the masks and scores that ``settings`` start from."""
-    # Not the seed itself: the network's first weights may be the same draws.
-    generator = torch.Generator().manual_seed((settings.seed + 1) * 2_654_435_761 % 2**32)
     common: dict[str, Any] = {
         "sparsity": settings.sparsity,
         "keep_last_dense": settings.keep_last_dense,
@@ -182,17 +180,26 @@ def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches)
         budget=settings.budget,
         loss_fn=F.cross_entropy,
         batches=train.sampled(_CALIBRATION_BATCHES),
-        generator=generator,
+        generator=_generator(settings.seed, 2_246_822_519),
         **common,
     )
     if settings.random_scores:
         layers = {n: layer for n, layer in masked_layers(model).items() if layer.scores.requires_grad}
+        generator = _generator(settings.seed, 2_654_435_761)
         drawn = {name: _random_scores(layer, generator) for name, layer in layers.items()}
         budget = {name: layer.num_kept for name, layer in layers.items()}
         initialize(model, criterion=drawn, budget=budget, **common)
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.scores.copy_(drawn[name])
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """Return a generator for one thing that is drawn; ``stream``, an odd number, tells them apart.
+
+    The seed itself may have drawn the network's first weights: scores from it were their absolute values.
+    """
+    return torch.Generator().manual_seed((seed + 1) * stream % 2**32)
 
 
 def _random_scores(layer: MaskedLayer, generator: torch.Generator) -> Tensor:
