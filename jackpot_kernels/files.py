@@ -123,7 +123,8 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     tensors, header = _read(path, sum(tensor.nbytes for tensor in state.values()))
     info = _info(header)
     decoded = _decode(tensors, header, state)
-    if header.get("sha256", digest := _digest(tensors)) != digest:
+    digest = _digest(tensors)
+    if header.get("sha256", digest) != digest:
         raise JackpotFileError(f"tensors of {path} must have the SHA-256 that its header names, got {digest}")
     for owner, name in _parted(model, decoded, state):
         shared = owner.get_parameter(name)

@@ -34,14 +34,16 @@ def test_compiled_steps_are_captured_and_end_where_plain_ones_do():
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        settings = SearchSettings(epochs=4, batch_size=128, amp=True, channels_last=True, compile=compiled)
+        fast = {"amp": True, "channels_last": True, "compile": compiled}
+        settings = SearchSettings(sparsity=0.5, epochs=4, batch_size=64, lr=1.0, **fast)
         search = Search(digits_net(), *digits(), settings, "cuda")
         told = [search.begin(), *search.run()]
         assert search._take_step._graph is not None
         found.append(told[-2])
     plain, ours = found
     assert ours["train_loss"] == pytest.approx(plain["train_loss"], rel=0.05)
-    assert ours["overlap"] == pytest.approx(plain["overlap"], abs=0.01) and ours["overlap"] < 1
+    assert ours["overlap"] == pytest.approx(plain["overlap"], abs=0.02) and ours["overlap"] < 0.9
+    assert ours["train_loss"] < 1.8
 
 
 def test_a_test_in_larger_batches_counts_every_image_once():

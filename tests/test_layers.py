@@ -520,6 +520,19 @@ def test_compiles_in_one_graph_and_follows_patches(warm):
                 layer._effective.copy_(layer.weight * mask)
 
 
+def test_a_compiled_layer_follows_a_mask_that_is_assigned_or_loaded():
+    layer, other, x = masked_of(nn.Linear(6, 5)), masked_of(nn.Linear(6, 5)), torch.randn(4, 6)
+    layer(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x)
+    layer.mask = torch.arange(30).view(5, 6) % 3 == 0
+    torch.testing.assert_close(compiled(x), layer.to_dense()(x))
+    other.mask = torch.arange(30).view(5, 6) % 3 == 1
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(compiled(x), other.to_dense()(x))
+
+
 def test_compiled_layer_trained_by_hand_forgets_what_it_kept():
     """Frozen again, a layer has new weights; nothing outside the graph has seen them change."""
     layer = MaskedLinear.from_dense(nn.Linear(8, 4))

@@ -19,13 +19,13 @@ TINY = TrainingSettings(epochs=4, batch_size=32, log_every=2)
 STEPS_PER_EPOCH = 160 // 32
 
 
-def network(seed=0):
+def network(seed=0, dropout=0.1):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Dropout(0.1), DigitsNet(width=4))
+    return nn.Sequential(nn.Dropout(dropout), DigitsNet(width=4))
 
 
-def masked_network():
-    model = jk.convert(network())
+def masked_network(dropout=0.1):
+    model = jk.convert(network(dropout=dropout))
     jk.initialize(model, sparsity=0.7, budget="uniform")
     return model
 
@@ -160,8 +160,8 @@ def test_scores_do_not_train(data):
         assert torch.equal(layer.scores, before[name])
 
 
-def fine_tuned():
-    model = masked_network()
+def fine_tuned(dropout=0.1):
+    model = masked_network(dropout)
     unfreeze(model, everything=True)
     return model
 
@@ -189,25 +189,33 @@ def test_resumes_bit_for_bit(make, changes, steps, data):
     assert same_state(other.model, whole.model)
 
 
-def searching(data, changes):
-    return Search(network(), *data, SearchSettings(**changes))
+def searching(data, dropout=0.1, **changes):
+    settings = SearchSettings(sparsity=0.5, lr=1.0, epochs=2, batch_size=32, log_every=1, **changes)
+    return Search(network(dropout=dropout), *data, settings)
 
 
-def training(data, changes):
-    return Training(fine_tuned(), *data, TrainingSettings(**changes))
+def training(data, dropout=0.1, **changes):
+    return Training(fine_tuned(dropout), *data, replace(TINY, epochs=2, log_every=1, **changes))
+
+
+def losses(told):
+    return [record["loss"] for record in told if record["kind"] == "step"]
 
 
 @pytest.mark.parametrize("make", [searching, training])
-def test_compiled_steps_are_those_of_the_plain_model_and_resume_bit_for_bit(make, data):
-    changes = {"epochs": 2, "batch_size": 32, "log_every": 1}
-    plain = records(make(data, changes))
-    changes["compile"] = True
-    whole = make(data, changes)
+def test_compiled_steps_are_those_of_the_plain_model(make, data, monkeypatch):
+    compiled, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or compile_(model))
+    plain, ours = (losses(records(make(data, dropout=0.0, compile=choice))) for choice in (False, True))
+    assert len(compiled) == 1
+    assert ours == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [searching, training])
+def test_compiled_steps_resume_bit_for_bit(make, data):
+    whole = make(data, compile=True)
     told = records(whole)
-    losses = [[r["loss"] for r in found if r["kind"] == "step"] for found in (plain, told)]
-    # Dropout draws otherwise in a compiled model.
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2)
-    parts = make(data, changes)
+    parts = make(data, compile=True)
     first = [parts.begin()]
     for record in parts.run():
         first.append(record)
@@ -215,7 +223,7 @@ def test_compiled_steps_are_those_of_the_plain_model_and_resume_bit_for_bit(make
             break
     state = parts.state_dict()
     torch._dynamo.reset()  # as a new process would begin
-    other = make(data, changes)
+    other = make(data, compile=True)
     other.load_state_dict(state)
     assert without_seconds([*first, *other.run()]) == without_seconds(told)
     assert same_state(other.model, whole.model)

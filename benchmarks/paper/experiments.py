@@ -232,7 +232,7 @@ def _ablation(table: str, columns: Mapping[str, Mapping[str, Any]], quoted: Mapp
 
 _CRITERIA = {"magnitude": "magnitude", "snip": "SNIP", "grasp": "GraSP", "random": "random"}
 _SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-_WHERE = {0.9: ALL, 0.95: ALL}  # the others are run at full scale only
+_SMALLER = (0.9, 0.95)  # the others are run at full scale only
 
 
 def _percent(sparsity: float) -> str:
@@ -241,7 +241,7 @@ def _percent(sparsity: float) -> str:
 
 def _over_sweep(make: Mapping[str, tuple[str, list[Spec]]], group: str) -> tuple[Row, ...]:
     """Return a row for each label, with a measure of a run at each sparsity of the sweep."""
-    scales = [_WHERE.get(sparsity, ("full",)) for sparsity in _SWEEP]
+    scales = [ALL if sparsity in _SMALLER else ("full",) for sparsity in _SWEEP]
     rows = []
     for label, (measure, specs) in make.items():
         cells = [Cell(spec, measure, scales=where) for spec, where in zip(specs, scales, strict=True)]

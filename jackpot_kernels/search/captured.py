@@ -17,7 +17,8 @@ class CapturedLayers:
 
     def __init__(self, model: nn.Module | None) -> None:
         self._layers = [] if model is None else list(masked_layers(model).values())
-        self._kept, self._addresses = self._look()
+        # Layers drop what is out of date as they are looked at: no captured step patches it.
+        self.look()
 
     def look(self) -> None:
         """Take what the layers hold now for what was captured."""

@@ -212,7 +212,7 @@ class SRPopup(torch.optim.Optimizer):
 
     @contextmanager
     def capturing(self) -> Iterator["CapturedSearch"]:
-        """Let a CUDA graph capture ``step`` inside; it then happens at each replay inside ``replaying``.
+        """Let a CUDA graph capture ``step`` inside; it then happens at each replay inside its ``replaying``.
 
         Settings are written to the device beforehand, where a captured step reads them; and what would wait
         for the device is looked at beforehand.
@@ -419,12 +419,12 @@ class SRPopup(torch.optim.Optimizer):
     def _write_hyper(self, scaled: bool = False) -> None:
         """Write the rows that the update reads, unless they stand there already.
 
-        Args:
-            scaled: whether a captured step will write the loss scale itself.
-
         Learning rates and loss scales that are tensors on the scores' device are used where they are. Numbers
         are filled in, for a copy from the host's memory would wait for the device. Learning rates stay out of
         a capture, as a replay would read the tensor that was one then; they are written before each replay.
+
+        Args:
+            scaled: whether a captured step will write the loss scale itself.
         """
         rows: list[tuple[float, ...]] = []
         tensor_lrs = []
@@ -466,9 +466,8 @@ class CapturedSearch(CapturedLayers):
     """A captured step of ``SRPopup``, with all that it finds by its address."""
 
     def __init__(self, optimizer: SRPopup) -> None:
-        super().__init__(optimizer._model)
         self._optimizer = optimizer
-        self.look()
+        super().__init__(optimizer._model)
 
     def look(self) -> None:
         """Take what layers and optimizer hold now for what was captured."""
