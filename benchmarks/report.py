@@ -103,7 +103,8 @@ def write_report(raw: Path, results: Path = RESULTS) -> Path:
     networks = run["machine_info"]["networks"]
     rows = make_rows(entries, networks)
     parts = [_figures_table(rows, networks), _times_table(entries), _facts(run, entries)]
-    folder = results / re.sub(r"[^a-z0-9]+", "-", _processor(run).lower()).strip("-")
+    processor = run["machine_info"]["environment"]["cpu"]["processor"]
+    folder = results / re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(raw.read_text())
     (folder / "table.md").write_text("\n\n".join(parts) + "\n")
@@ -196,18 +197,12 @@ def _busy(entry: Entry) -> str:
     return "unknown" if disturbance is None else f"{disturbance:.2f}"
 
 
-def _processor(run: Mapping[str, Any]) -> str:
-    """Return the processor's name, with family and model: a virtual machine's brand may tell neither."""
-    cpu = run["machine_info"]["cpu"]
-    return " ".join([cpu["brand_raw"], *(f"{key} {cpu[key]}" for key in ("family", "model") if key in cpu)])
-
-
 def _facts(run: Mapping[str, Any], entries: Iterable[Entry]) -> str:
     """Return where the figures come from, as a list."""
     machine, commit = run["machine_info"], run["commit_info"]
     environment = machine["environment"]
     facts = {
-        "processor": _processor(run),
+        "processor": environment["cpu"]["processor"],
         "threads": environment["cpu"]["threads"],
         "instructions": environment["cpu"]["capability"],
         "commit": commit["id"] + (" with changes" if commit["dirty"] else ""),

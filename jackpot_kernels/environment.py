@@ -4,6 +4,7 @@ import platform
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ def environment() -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold: ``versions`` (package to version), ``extension`` (``path`` and what it was
-        built from), ``cpu`` (``machine``, ``capability``, ``threads``), ``cuda`` (``torch_built_for``,
-        ``available``, ``devices``), ``backends`` (name to where it runs, or why it does not) and ``tuning``
-        (``path`` of the kernels' tuning cache, number of ``entries``, ``devices`` that were timed).
+        built from), ``cpu`` (``machine``, ``processor``, ``capability``, ``threads``), ``cuda``
+        (``torch_built_for``, ``available``, ``devices``), ``backends`` (name to where it runs, or why it does
+        not) and ``tuning`` (``path`` of the kernels' tuning cache, number of ``entries``, ``devices`` that
+        were timed).
     """
     probes: dict[str, Callable[[], Any]] = {
         "versions": _versions,
@@ -57,9 +59,23 @@ def _installed(name: str) -> str:
 def _cpu() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
+        "processor": _guarded(_processor),
         "capability": _guarded(torch.ops.jackpot.cpu_capability),
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """Return the processor's name, with family and model: a virtual machine's brand may tell neither."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in told:
+        return platform.processor() or "unknown"
+    family = (
+        f"{word} {told[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in told
+    )
+    return " ".join([told["model name"], *family])
 
 
 def _cuda() -> dict[str, Any]:

@@ -1,8 +1,10 @@
 import json
+import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 
+import cpuinfo
 import pytest
 import torch
 from triton import knobs
@@ -17,6 +19,9 @@ def test_facts_are_those_of_this_process():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["jackpot_kernels"] == facts["extension"]["version"]
     assert facts["extension"]["digest"] == _extension.source_digest(_extension.CHECKOUT / "csrc")
+    told = cpuinfo.get_cpu_info()  # a dependency of pytest-benchmark
+    assert facts["cpu"]["processor"].startswith(told.get("brand_raw", platform.processor()))
+    assert facts["cpu"]["processor"].endswith(str(told.get("model", "")))
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert facts["cuda"]["available"] == torch.cuda.is_available()
     assert set(facts["backends"]) == {"dense", "fused", "mixed", "reference"}

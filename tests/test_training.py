@@ -229,6 +229,16 @@ def test_compiled_steps_resume_bit_for_bit(make, data):
     assert same_state(other.model, whole.model)
 
 
+@pytest.mark.parametrize(
+    ("amp", "supported", "count"), [(True, False, 1), (True, True, 0), (False, False, 0)]
+)
+def test_amp_tells_of_a_processor_that_emulates_bfloat16(amp, supported, count, data, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    searching(data, amp=amp)
+    told = [str(w.message) for w in recwarn if "amp computes in bfloat16" in str(w.message)]
+    assert len(told) == count
+
+
 def test_refuses_the_state_of_another_training(data):
     training = Training(network(), *data, TINY)
     training.begin()

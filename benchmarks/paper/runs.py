@@ -310,7 +310,8 @@ def _num_weights(model: nn.Module) -> int:
 def _circumstances(device: torch.device) -> Result:
     """Return where and with what a run was made."""
     found = environment()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found["cpu"]["capability"]
+    cpu = "{processor}, {capability}".format(**found["cpu"])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """What a search and a training share: epochs of steps, evaluation, and a state to go on from bit for bit."""
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -65,6 +66,8 @@ class EpochLoop(ABC, Generic[Settings]):
     ) -> None:
         self.settings: Settings = settings
         self.device = torch.device(device)
+        if settings.amp:
+            _warn_of_emulation(self.device)
         shared: dict[str, int] = {"seed": settings.seed, "workers": settings.workers}
         self.train = Batches(train, settings.batch_size, self.device, **shared)
         # Without gradients there is room for more, and the host launches a batch of few images no faster: in
@@ -252,3 +255,11 @@ def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def _warn_of_emulation(device: torch.device) -> None:
+    """Tell of a processor on which bfloat16 makes steps slower, many times so for convolutions."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    if device.type == "cpu" and not supported():
+        message = "amp computes in bfloat16, which this processor emulates: float32 is likely to be faster"
+        warnings.warn(message, stacklevel=4)

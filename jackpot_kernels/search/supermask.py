@@ -17,7 +17,7 @@ from jackpot_kernels.search.optimizer import SCOPES, SwapStats
 class Supermask(torch.optim.Optimizer):
     """Search masks by SGD on the logits of the probability that a weight is kept.
 
-    >>> optimizer = Supermask(model, lr=10.0)
+    >>> optimizer = Supermask(model)
     >>> for x, y in loader:
     ...     optimizer.zero_grad()
     ...     optimizer.draw()
@@ -38,7 +38,7 @@ class Supermask(torch.optim.Optimizer):
 
     Args:
         model: a module with masked layers; scores that require a gradient are searched.
-        lr, momentum, weight_decay: as in ``torch.optim.SGD``.
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``; 100 is what Zhou et al. took.
         scope: "layer" keeps each layer's count, "global" that of all layers together.
         seed: the draw of a step depends on seed, step and the kind of device alone.
 
@@ -52,7 +52,7 @@ class Supermask(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float = 100.0,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
