@@ -1,6 +1,8 @@
 """Checks that name the argument, what was wanted and what came, in one sentence."""
 
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,21 @@ def require_contiguous(name: str, tensor: Tensor) -> None:
 def require_same_length(name: str, values: Sequence[Tensor], length: int) -> None:
     if len(values) != length:
         raise ValueError(f"{name} must have one entry for each of {length} layers, got {len(values)}")
+
+
+def require_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= float(value) <= LARGEST_FLOAT32:
+        raise ValueError(f"{name} must be finite in float32 and at least 0, got {float(value)}")
+
+
+def require_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not 0 <= int(seed) < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    return int(seed)
 
 
 def num_words(numel: int) -> int:

@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,26 +83,35 @@ def test_the_default_device_is_not_asked():
     assert optimizer.steps == 3
 
 
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"lr": float("nan")}, "lr must be finite in float32 and at least 0, got nan"),
-        ({"lr": -1.0}, "lr must be finite in float32 and at least 0, got -1.0"),
+        ({"lr": torch.tensor(-1.0)}, "lr must be finite in float32 and at least 0, got -1.0"),
+        ({"lr": "0.2"}, "lr must be a number, got str"),
+        ({"lr": 0.1j}, "lr must be a number, got complex"),
+        ({"lr": torch.tensor(0.1j)}, "lr must be one real number, got torch.complex64"),
+        ({"lr": torch.ones(2)}, "lr must be one real number, got torch.float32 .2."),
         ({"momentum": float("inf")}, "momentum must be finite in float32 and at least 0, got inf"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite in float32 and at least 0, got nan"),
+        ({"step_scale": None}, "step_scale must be a number, got NoneType"),
+        ({"nesterov": "yes"}, "nesterov must be a bool, got str"),
+        ({"nesterov": True, "momentum": 0.0}, "momentum must be above 0 for nesterov, got 0"),
     ],
 )
-def test_a_bad_number_in_a_group_changes_nothing(change, sentence):
+def test_a_bad_number_in_a_group_changes_nothing(change, sentence, lr):
     model = make_network()
-    optimizer = jk.SRPopup(model, total_steps=3)
+    optimizer = jk.SRPopup(model, lr=lr, total_steps=3)
     run(model, optimizer, range(1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "norm" not in name}
     optimizer.param_groups[0].update(change)
     loss_of(model, 1).backward()
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
         optimizer.step()
     for name, tensor in before.items():
         assert "running" in name or "tracked" in name or torch.equal(model.state_dict()[name], tensor), name
-    optimizer.param_groups[0].update(lr=0.1, momentum=0.9)
+    optimizer.param_groups[0].update(lr=lr, momentum=0.9, weight_decay=0.0, nesterov=False, step_scale=1.0)
     optimizer.step()
     assert optimizer.steps == 2
 
@@ -363,6 +373,21 @@ def test_a_closure_computes_loss_and_gradients():
         loss_of(twin, step).backward()
         assert twin_optimizer.step() is None
     assert_equal(snapshot(model), snapshot(twin))
+
+
+def test_a_mask_that_the_closure_writes_is_looked_at():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=4)
+    run(model, optimizer, range(1))
+    before = flatten(copy.deepcopy([model.conv.scores, optimizer.state_dict()]))
+    with pytest.raises(RuntimeError, match=r"layer 'conv' must keep 43 weights at step 1 .* got 216"):
+        optimizer.step(lambda: replace_mask(model))
+    assert_equal(flatten(copy.deepcopy([model.conv.scores, optimizer.state_dict()])), before)
+
+
+def test_a_seed_may_be_numpys():
+    seed = jk.SRPopup(make_network(), total_steps=4, seed=np.int64(3)).state_dict()["search"]["seed"]
+    assert type(seed) is int and seed == 3
 
 
 def test_hooks_see_every_step():
@@ -627,13 +652,14 @@ BAD_ARGUMENTS = [
     ({"lr": -0.1}, ValueError, "lr must be finite in float32 and at least 0, got -0.1"),
     ({"lr": math.nan}, ValueError, "lr must be finite in float32 and at least 0, got nan"),
     ({"lr": "0.1"}, TypeError, "lr must be a number, got str"),
-    ({"lr": torch.ones(2)}, ValueError, "lr must have one element, got 2"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr must be one real number, got torch.float32 \[2\]"),
     ({"momentum": -1.0}, ValueError, "momentum must be finite in float32 and at least 0, got -1.0"),
     (
         {"weight_decay": math.inf},
         ValueError,
         "weight_decay must be finite in float32 and at least 0, got inf",
     ),
+    ({"nesterov": "no"}, TypeError, "nesterov must be a bool, got str"),
     ({"nesterov": True, "momentum": 0.0}, ValueError, "momentum must be above 0 for nesterov, got 0"),
     ({"total_steps": 0}, ValueError, "total_steps must be at least 1, got 0"),
     ({"total_steps": 1.5}, TypeError, "total_steps must be an integer, got float"),
@@ -695,6 +721,13 @@ def test_models_without_anything_to_search_are_refused():
         layer.scores.requires_grad_(False)
     with pytest.raises(ValueError, match="model must hold masked layers to search"):
         jk.SRPopup(frozen, total_steps=5)
+
+
+def test_scores_of_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = make_network()
+    with pytest.raises(ValueError, match=r"scores of 'conv' must be made outside torch\.inference_mode"):
+        jk.SRPopup(model, total_steps=5)
 
 
 def test_scores_in_two_groups_are_refused():
@@ -806,7 +839,8 @@ def with_entry(state, path, value):
 
 
 BAD_STATES = [
-    (("search",), None, "state_dict must come from SRPopup"),
+    (("search",), None, "state_dict must come from SRPopup.state_dict.., got one without 'search'"),
+    (("state",), None, "state_dict must come from SRPopup.state_dict.., got one without 'state'"),
     (("search", "seed"), None, "state_dict must come from SRPopup"),
     (("search", "scope"), "global", "state_dict must have scope layer, got global"),
     (("search", "total_steps"), 15, "state_dict must have total_steps 14, got 15"),
@@ -835,6 +869,12 @@ BAD_STATES = [
         r"must hold \(group, layer\) \(0, 'block.1'\), got \(0, 'head'\)",
     ),
     (("param_groups", 0, "step_scale"), None, "groups of state_dict must hold step_scale, got one without"),
+    (("param_groups", 1, "lr"), math.nan, "lr must be finite in float32 and at least 0, got nan"),
+    (
+        ("state", 0, "momentum_buffer"),
+        torch.zeros(33, 8).to_sparse(),
+        "got torch.float32 .* torch.sparse_coo",
+    ),
     (("state", 0), None, r"momentum_buffer 0 must be a tensor torch.float32 \[33, 8\], got NoneType"),
     (
         ("state", 0, "momentum_buffer"),
@@ -859,6 +899,8 @@ def test_the_state_of_another_optimizer_is_refused():
     sgd = torch.optim.SGD([layer.scores for layer in (model.conv, model.block[1])], lr=0.1)
     with pytest.raises(ValueError, match="state_dict must come from SRPopup"):
         optimizer.load_state_dict(sgd.state_dict())
+    with pytest.raises(TypeError, match="state_dict must be a dict, got int"):
+        optimizer.load_state_dict(5)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

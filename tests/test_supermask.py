@@ -234,8 +234,10 @@ def test_settings_without_a_meaning_are_refused(changes, sentence):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="lr must be finite and not negative, got -1"):
+    with pytest.raises(ValueError, match="lr must be finite in float32 and at least 0, got -1"):
         Supermask(make_model(), lr=-1)
+    with pytest.raises(TypeError, match="seed must be an int, got float"):
+        Supermask(make_model(), seed=0.5)
     with pytest.raises(ValueError, match="scope must be one of layer, global, got 'block'"):
         Supermask(make_model(), scope="block")
     with pytest.raises(ValueError, match="model must hold masked layers to search"):

@@ -1,5 +1,6 @@
 """Dense training and fine-tuning under a mask (Eq. 31), against loops written out by hand."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -284,14 +285,19 @@ def test_trainings_may_be_evaluated_at_the_end_only(data):
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
-        ({"lr": float("nan")}, "lr must be finite in float32 and not negative, got nan"),
+        ({"lr": float("nan")}, "lr must be finite in float32 and at least 0, got nan"),
         ({"momentum": 0, "nesterov": True}, "momentum must be above 0 for nesterov, got 0"),
         ({"schedule": "linear"}, "schedule must be one of steps, cosine, got 'linear'"),
+        ({"epochs": 1.5}, "epochs must be int, got 1.5"),
+        ({"epochs": True}, "epochs must be int, got True"),
+        ({"lr": None}, "lr must be int | float, got None"),
+        ({"amp": "abc"}, "amp must be bool, got 'abc'"),
     ],
 )
 def test_bad_settings(changes, sentence):
-    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
         replace(TINY, **changes)
+    assert replace(TINY, lr=1).lr == 1
 
 
 def test_refuses_a_model_with_nothing_to_train(data):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import LARGEST_FLOAT32, require_choice
+from jackpot_kernels._validate import require_choice, require_number, require_seed
 from jackpot_kernels.budgets import num_pruned, scale_budget
 from jackpot_kernels.convert import MaskedLayer, masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
@@ -52,7 +52,8 @@ class SRPopup(torch.optim.Optimizer):
 
     Args:
         model: a module with masked layers.
-        lr: learning rate of the scores, a float or a tensor of one element.
+        lr: learning rate of the scores, a float or a tensor of one element; the value of one on the GPU is
+            looked at here only, for later steps would wait for it.
         momentum, weight_decay, nesterov: as in ``torch.optim.SGD``.
         total_steps: number of steps of the search, t_f of Eq. 29.
         scope: "layer" ranks within each layer, "global" over all layers together.
@@ -104,7 +105,7 @@ class SRPopup(torch.optim.Optimizer):
     ) -> None:
         require_choice("scope", scope, SCOPES)
         require_choice("pairs", pairs, PAIRS)
-        _require_seed(seed)
+        seed = require_seed(seed)
         if compat is not None:
             require_choice("compat", compat, COMPAT)
             if final_sparsity is not None:
@@ -198,6 +199,7 @@ class SRPopup(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            words = self._require_same_layers()
         if not self._calls:
             self._warn_of_missing_gradients()
         self._write_hyper()
@@ -344,14 +346,19 @@ class SRPopup(torch.optim.Optimizer):
 
     def _require_fitting(self, state_dict: Mapping[str, Any]) -> None:
         """Check that ``state_dict`` is of this search, and that every number in it can be used safely."""
-        own, search = self._search, state_dict.get("search")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+        for key in ("param_groups", "state", "search"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict must come from SRPopup.state_dict(), got one without {key!r}")
+        own, search = self._search, state_dict["search"]
         if not isinstance(search, dict) or search.keys() != own.keys():
             raise ValueError("state_dict must come from SRPopup.state_dict(), got another one")
         for key in ("scope", "total_steps"):
             if search[key] != own[key]:
                 raise ValueError(f"state_dict must have {key} {own[key]}, got {search[key]}")
         require_choice("pairs of state_dict", search["pairs"], PAIRS)
-        _require_seed(search["seed"])
+        require_seed(search["seed"])
         _require_same_groups(state_dict, self.param_groups)
         for key in ("table", "num_kept", "control"):
             _require_alike(f"{key} of state_dict", search[key], own[key])
@@ -419,9 +426,9 @@ class SRPopup(torch.optim.Optimizer):
     def _write_hyper(self, scaled: bool = False) -> None:
         """Write the rows that the update reads, unless they stand there already.
 
-        Learning rates and loss scales that are tensors on the scores' device are used where they are. Numbers
-        are filled in, for a copy from the host's memory would wait for the device. Learning rates stay out of
-        a capture, as a replay would read the tensor that was one then; they are written before each replay.
+        Learning rates and loss scales that are tensors on the GPU are used where they are. Numbers are filled
+        in, for a copy from the host's memory would wait for the device. Learning rates stay out of a capture,
+        as a replay would read the tensor that was one then; they are written before each replay.
 
         Args:
             scaled: whether a captured step will write the loss scale itself.
@@ -430,19 +437,23 @@ class SRPopup(torch.optim.Optimizer):
         tensor_lrs = []
         for i, group in enumerate(self.param_groups):
             lr, momentum, weight_decay, nesterov, step_scale = _hyper_of(group)
-            if isinstance(lr, Tensor) and lr.device.type == self._device.type:
+            if _stays_on_device(lr):
                 if not self._capturing:
                     tensor_lrs.append((i, lr, step_scale))
                 lr = -1.0  # no number, not even 0, is what stands there
-            rows.append((float(lr) * step_scale, momentum, weight_decay, float(nesterov), 1.0))
+            try:
+                rows.append((float(lr) * step_scale, momentum, weight_decay, float(nesterov), 1.0))
+            except (RuntimeError, TypeError, ValueError):
+                _require_hyper(group)
+                raise
         grad_scale = getattr(self, "grad_scale", None)
         outdated = rows != self._group_rows or (self._scaled and grad_scale is None and not scaled)
         if not (outdated or tensor_lrs or grad_scale is not None):
             return
         if outdated:
             for group, row in zip(self.param_groups, rows, strict=True):
-                if row not in self._group_rows and not isinstance(group["lr"], Tensor):
-                    _require_hyper(group)
+                if row not in self._group_rows:
+                    _require_hyper(group if not _stays_on_device(group["lr"]) else {**group, "lr": 0.0})
             self._fill_rows(rows)
             self._group_rows, self._scaled = rows, False
         for i, lr, step_scale in tensor_lrs:
@@ -504,13 +515,6 @@ def _same(present: Sequence[Any], known: Sequence[Any]) -> bool:
     return all(map(operator.is_, present, known))
 
 
-def _require_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-
-
 def _name_of(schedule: str | Schedule) -> str:
     return schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "function")
 
@@ -521,6 +525,9 @@ def _searchable_layers(model: nn.Module) -> dict[str, MaskedLayer]:
         raise ValueError(
             f"model must hold masked layers to search (see convert), got {type(model).__name__} without"
         )
+    for name, layer in layers.items():
+        if layer.scores.is_inference():
+            raise ValueError(f"scores of {name!r} must be made outside torch.inference_mode, got some of it")
     return layers
 
 
@@ -542,15 +549,22 @@ def _name_groups(groups: list[dict[str, Any]], layers: Mapping[str, MaskedLayer]
     return names
 
 
+def _stays_on_device(lr: Any) -> bool:
+    """Whether a learning rate is a number on the GPU, which is not to be waited for."""
+    return isinstance(lr, Tensor) and lr.is_cuda and lr.numel() == 1
+
+
 def _require_hyper(group: Mapping[str, Any]) -> None:
-    for key in ("lr", "momentum", "weight_decay", "step_scale"):
-        value: Any = group[key]
-        if isinstance(value, bool) or not isinstance(value, Real | Tensor if key == "lr" else Real):
-            raise TypeError(f"{key} must be a number, got {type(value).__name__}")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{key} must have one element, got {value.numel()}")
-        if not 0 <= float(value) <= LARGEST_FLOAT32:
-            raise ValueError(f"{key} must be finite in float32 and at least 0, got {float(value)}")
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.is_complex():
+            raise ValueError(f"lr must be one real number, got {lr.dtype} {list(lr.shape)}")
+        lr = float(lr)
+    require_number("lr", lr)
+    for key in ("momentum", "weight_decay", "step_scale"):
+        require_number(key, group[key])
+    if not isinstance(group["nesterov"], bool):
+        raise TypeError(f"nesterov must be a bool, got {type(group['nesterov']).__name__}")
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("momentum must be above 0 for nesterov, got 0")
 
@@ -633,6 +647,8 @@ def _require_same_groups(state_dict: Mapping[str, Any], own_groups: list[dict[st
     for key in _HYPER:
         if any(key not in group for group in groups):
             raise ValueError(f"groups of state_dict must hold {key}, got one without")
+    for group in groups:
+        _require_hyper(group)
     indices = [index for group in groups for index in group["params"]]
     scores = [scores for group in own_groups for scores in group["params"]]
     for index, own in zip(indices, scores, strict=True):
@@ -640,8 +656,11 @@ def _require_same_groups(state_dict: Mapping[str, Any], own_groups: list[dict[st
 
 
 def _require_alike(name: str, value: Any, like: Tensor) -> None:
-    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    wanted = f"{like.dtype} {list(like.shape)}"
+    def kind(tensor: Tensor) -> str:
+        return f"{tensor.dtype} {list(tensor.shape)} {tensor.layout}".removesuffix(" torch.strided")
+
+    got = kind(value) if isinstance(value, Tensor) else type(value).__name__
+    wanted = kind(like)
     if got != wanted:
         raise ValueError(f"{name} must be a tensor {wanted}, got {got}")
 

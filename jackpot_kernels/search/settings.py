@@ -1,9 +1,9 @@
 """What a search and a training do, apart from model, data and device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from jackpot_kernels._validate import LARGEST_FLOAT32, require_choice
+from jackpot_kernels._validate import require_choice, require_number
 from jackpot_kernels.budgets import BUDGETS, num_pruned
 from jackpot_kernels.criteria import CRITERIA
 from jackpot_kernels.ops.swap import PAIRS
@@ -64,8 +64,8 @@ class SearchSettings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        num_pruned(self.sparsity, 0)
         _require_common(self)
+        num_pruned(self.sparsity, 0)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1], got {self.eta}")
         require_choice("method", self.method, METHODS)
@@ -128,6 +128,11 @@ class TrainingSettings:
 
 def _require_common(settings: Any) -> None:
     """Check what searches and trainings have in common."""
+    for field in fields(settings):
+        value: Any = getattr(settings, field.name)
+        wanted: Any = int | float if field.type is float else field.type
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise TypeError(f"{field.name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
     least = {"epochs": 1, "batch_size": 1, "log_every": 1, "workers": 0, "seed": 0, "evaluate_every": 1}
     for name, low in least.items():
         if getattr(settings, name) < low:
@@ -135,7 +140,4 @@ def _require_common(settings: Any) -> None:
     if settings.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {settings.seed}")
     for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= getattr(settings, name) <= LARGEST_FLOAT32:
-            raise ValueError(
-                f"{name} must be finite in float32 and not negative, got {getattr(settings, name)}"
-            )
+        require_number(name, getattr(settings, name))

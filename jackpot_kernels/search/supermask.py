@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import require_choice
+from jackpot_kernels._validate import require_choice, require_number, require_seed
 from jackpot_kernels.budgets import kept_masks
 from jackpot_kernels.convert import masked_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
@@ -67,8 +67,7 @@ class Supermask(torch.optim.Optimizer):
             )
         hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in hyper.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+            require_number(name, value)
         super().__init__([layer.scores for layer in layers.values()], hyper)
         self._layers, self._joint = layers, scope == "global"
         for layer in layers.values():
@@ -77,7 +76,7 @@ class Supermask(torch.optim.Optimizer):
         # All that a resume needs besides groups and momentum.
         self._search: dict[str, Any] = {
             "num_kept": [sum(kept)] if self._joint else kept,
-            "seed": seed,
+            "seed": require_seed(seed),
             "steps": 0,
             "skipped_steps": 0,
         }
