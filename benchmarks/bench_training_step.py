@@ -15,6 +15,7 @@ from benchmarks.checks import require_close
 from benchmarks.harness import MAX_ROUNDS, TWINS, Call, contest, in_turn
 from benchmarks.searches import LR, MOMENTUM, SPARSITY, WEIGHT_DECAY
 from benchmarks.shapes import TRAINED
+from jackpot_kernels.convert import searched_layers
 from jackpot_kernels.models import resnet32
 
 
@@ -57,7 +58,7 @@ def _sgd(model: nn.Module, kind: str) -> torch.optim.Optimizer:
 def require_same_gradients(searched: nn.Module, x: Tensor, labels: Tensor) -> None:
     """Check output and score gradients against a plain network that holds ``weight * mask`` (Eq. 6)."""
     twin, plain = deepcopy(searched), jk.finalize(deepcopy(searched)).requires_grad_()
-    layers = {name: layer for name, layer in jk.masked_layers(twin).items() if layer.scores.requires_grad}
+    layers = searched_layers(twin)
     outputs, expected = twin(x), plain(x)
     require_close("output", [outputs], [expected])
     scores = [layer.scores for layer in layers.values()]

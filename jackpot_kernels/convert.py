@@ -108,6 +108,20 @@ def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
+def searched_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """Return those whose scores require a gradient, as ``masked_layers`` does.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    layers = {name: layer for name, layer in masked_layers(model).items() if layer.scores.requires_grad}
+    if not layers:
+        raise ValueError(
+            f"model must hold masked layers to search (see convert), got {type(model).__name__} without"
+        )
+    return layers
+
+
 def sparsity(model: nn.Module) -> Sparsity:
     """Return the fraction of weights removed, over the masked layers and over the whole network.
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from benchmarks.paper.experiments import SWAPS
 from benchmarks.paper.results import Result
 from benchmarks.paper.scales import Run
-from jackpot_kernels.convert import convert, masked_layers, overlap, sparsity
+from jackpot_kernels.convert import convert, masked_layers, overlap, searched_layers, sparsity
 from jackpot_kernels.data import DATA, Batches, Images
 from jackpot_kernels.environment import environment
 from jackpot_kernels.files import write_whole
@@ -37,9 +37,6 @@ from jackpot_kernels.search.training import Training, unfreeze
 
 Masks = dict[str, Tensor]
 
-# Runs that others start from, and so leave a checkpoint: the weights, or the masks of a search.
-NETWORKS = ("train", "library", "untrained")
-_KEPT = (*NETWORKS, "search")
 # Batches that estimate normalisation statistics, as in a search.
 _CALIBRATION_BATCHES = 100
 _ROOT = Path(__file__).parents[2]
@@ -71,10 +68,6 @@ class Workshop:
             "loader": type(load(run.data, run.images)[0]).__name__,
             **_circumstances(self.device),
         }
-
-    def is_ready(self, run: Run) -> bool:
-        """Tell whether what the run starts from is there."""
-        return run.source is None or self.checkpoint(run.source).is_file()
 
     def checkpoint(self, run: Run) -> Path:
         return self.checkpoints / f"{run.key}.safetensors"
@@ -201,9 +194,7 @@ def _mask(workshop: Workshop, run: Run) -> Result:
     stale = evaluate(model, test, settings.amp).accuracy
     recalibrate(model, train.sampled(_CALIBRATION_BATCHES))
     recalibrated = evaluate(model, test, settings.amp).accuracy
-    searched = {
-        name: layer.mask for name, layer in masked_layers(model).items() if layer.scores.requires_grad
-    }
+    searched = {name: layer.mask for name, layer in searched_layers(model).items()}
     other = searched
     if run.source is not None and run.source.kind == "search":
         other = {name: mask for name, mask in workshop.masks(run.source, model).items() if name in searched}

@@ -171,7 +171,7 @@ def choose_device(name: str, *, search: bool = False) -> "torch.device":
         name = "cuda" if torch.cuda.is_available() and not without_kernels else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # as no meta tensor can
     except (RuntimeError, AssertionError, NotImplementedError):
         fail(f"device must be one that torch can use here, got {name!r}")
     if device.type != "cpu" and without_kernels:

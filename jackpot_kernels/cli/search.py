@@ -96,4 +96,6 @@ def _finish(search: "Search", folder: "RunFolder", names: Names) -> None:
         ("jackpot", str(jackpot)),
         ("report", str(report)),
     ]
+    if last["skipped_steps"]:
+        rows.append(("steps skipped, gradients not finite", f"{last['skipped_steps']:,} of {last['step']:,}"))
     print_table(["", ""], rows)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from jackpot_kernels.convert import MaskedLayer, masked_layers
+from jackpot_kernels.convert import MaskedLayer, searched_layers
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -74,11 +74,7 @@ def measure_distortion(
         ValueError: when there is no layer to swap in, or a quantity exceeds what can be swapped.
     """
     probe = _probe(model, batch_statistics)
-    layers = {name: layer for name, layer in masked_layers(probe).items() if layer.scores.requires_grad}
-    if not layers:
-        raise ValueError(
-            f"model must hold masked layers to search (see convert), got {type(model).__name__} without"
-        )
+    layers = searched_layers(probe)
     _require_quantities(quantities, layers)
     generator = torch.Generator().manual_seed(seed)
     records = []

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jackpot_kernels.convert import MaskedLayer, convert, masked_layers, overlap, sparsity
+from jackpot_kernels.convert import MaskedLayer, convert, masked_layers, overlap, searched_layers, sparsity
 from jackpot_kernels.data import Batches
 from jackpot_kernels.initialize import initialize
 from jackpot_kernels.normalization import freeze_statistics, recalibrate
@@ -64,7 +64,7 @@ class Search(EpochLoop[SearchSettings]):
         torch.manual_seed(self.settings.seed)
         dense = evaluate(self.model, self.test, self.settings.amp)
         initialize_masks(self.model, self.settings, self.train)
-        self._start = {name: layer.mask_words.clone() for name, layer in self._searched().items()}
+        self._start = {name: layer.mask_words.clone() for name, layer in searched_layers(self.model).items()}
         self._make_optimizer()
         return {
             "kind": "start",
@@ -128,12 +128,12 @@ class Search(EpochLoop[SearchSettings]):
 
     def _epoch_figures(self) -> Record:
         return {
-            "overlap": self._overlap(self._searched()),
+            "overlap": self._overlap(searched_layers(self.model)),
             "skipped_steps": self._optimizer.skipped_steps,
         }
 
     def _end(self) -> Record:
-        searched = self._searched()
+        searched = searched_layers(self.model)
         masked, overall = sparsity(self.model)
         return {
             "kind": "end",
@@ -157,11 +157,6 @@ class Search(EpochLoop[SearchSettings]):
             recalibrate(self.model, self.train.sampled(_CALIBRATION_BATCHES))
         return super()._test_scores()
 
-    def _searched(self) -> dict[str, MaskedLayer]:
-        return {
-            name: layer for name, layer in masked_layers(self.model).items() if layer.scores.requires_grad
-        }
-
     def _overlap(self, layers: Mapping[str, MaskedLayer]) -> float:
         start = {name: unpack_mask(self._start[name], layer.weight.shape) for name, layer in layers.items()}
         return overlap({name: layer.mask for name, layer in layers.items()}, start)
@@ -184,7 +179,7 @@ def initialize_masks(model: nn.Module, settings: SearchSettings, train: Batches)
         **common,
     )
     if settings.random_scores:
-        layers = {n: layer for n, layer in masked_layers(model).items() if layer.scores.requires_grad}
+        layers = searched_layers(model)
         generator = _generator(settings.seed, 2_654_435_761)
         drawn = {name: _random_scores(layer, generator) for name, layer in layers.items()}
         budget = {name: layer.num_kept for name, layer in layers.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jackpot_kernels._validate import require_choice, require_number, require_seed
 from jackpot_kernels.budgets import num_pruned, scale_budget
-from jackpot_kernels.convert import MaskedLayer, masked_layers
+from jackpot_kernels.convert import MaskedLayer, masked_layers, searched_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.ops.search_step import SearchStep
 from jackpot_kernels.ops.swap import PAIRS, new_workspace
@@ -112,9 +112,10 @@ class SRPopup(torch.optim.Optimizer):
                 raise ValueError(f"final_sparsity must be None with compat {compat!r}, got {final_sparsity}")
             schedule = constant
         rates, ramps = rate_table(schedule, total_steps), ramp_table(ramp, total_steps, ramp_end)
-        layers = _searchable_layers(model)
+        layers, searched = masked_layers(model), searched_layers(model)
+        _require_tracked(layers)
         if params is None:
-            params = [layer.scores for layer in layers.values() if layer.scores.requires_grad]
+            params = [layer.scores for layer in searched.values()]
         super().__init__(params, dict(zip(_HYPER, (lr, momentum, weight_decay, nesterov, 1.0), strict=True)))
         names = _name_groups(self.param_groups, layers)
         self._model = model
@@ -519,16 +520,10 @@ def _name_of(schedule: str | Schedule) -> str:
     return schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "function")
 
 
-def _searchable_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    layers = masked_layers(model)
-    if not any(layer.scores.requires_grad for layer in layers.values()):
-        raise ValueError(
-            f"model must hold masked layers to search (see convert), got {type(model).__name__} without"
-        )
+def _require_tracked(layers: Mapping[str, MaskedLayer]) -> None:
     for name, layer in layers.items():
         if layer.scores.is_inference():
             raise ValueError(f"scores of {name!r} must be made outside torch.inference_mode, got some of it")
-    return layers
 
 
 def _name_groups(groups: list[dict[str, Any]], layers: Mapping[str, MaskedLayer]) -> set[str]:

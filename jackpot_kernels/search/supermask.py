@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jackpot_kernels._validate import require_choice, require_number, require_seed
 from jackpot_kernels.budgets import kept_masks
-from jackpot_kernels.convert import masked_layers
+from jackpot_kernels.convert import searched_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
 from jackpot_kernels.search.optimizer import SCOPES, SwapStats
 
@@ -60,11 +60,7 @@ class Supermask(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         require_choice("scope", scope, SCOPES)
-        layers = {n: layer for n, layer in masked_layers(model).items() if layer.scores.requires_grad}
-        if not layers:
-            raise ValueError(
-                f"model must hold masked layers to search (see convert), got {type(model).__name__} without"
-            )
+        layers = searched_layers(model)
         hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         for name, value in hyper.items():
             require_number(name, value)
