@@ -321,6 +321,31 @@ def test_channels_last_and_copies():
     torch.testing.assert_close(other(x), expected)
 
 
+def test_sparsity_of_one_layer_that_keeps_everything():
+    assert sparsity(convert(nn.Linear(3, 2))) == (0.0, 0.0)
+
+
+def test_sparsity_counts_a_plain_weight_in_two_places_once():
+    model = convert(nn.Sequential(nn.Embedding(4, 5), nn.Linear(5, 6), nn.Embedding(4, 5)))
+    model[2].weight = model[0].weight
+    model[1].mask = torch.arange(30).view(6, 5) < 10
+    assert sparsity(model).overall == pytest.approx(20 / (20 + 30))
+
+
+def test_finalized_parameters_are_frozen_as_the_masked_ones_were():
+    model = convert(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+    model[1].bias.requires_grad_()
+    finalize(model)
+    assert [p.requires_grad for p in model.parameters()] == [False, False, False, True]
+
+
+def test_the_fast_path_comes_back_after_converting_twice():
+    model = encoder()
+    first = [layer.activation_relu_or_gelu for layer in model.layers]
+    finalize(convert(convert(model)))
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == first and any(first)
+
+
 def test_sparsity_counts_every_weight_of_the_network():
     model = nn.Sequential(
         nn.Embedding(4, 5), nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 7), nn.Linear(7, 2)

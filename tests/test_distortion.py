@@ -185,8 +185,10 @@ def test_more_swaps_distort_more(searched):
 
 def test_agreement_counts_signs():
     made = [(1, "best", -1.0, -2.0), (1, "best", -1.0, 3.0), (2, "best", 1.0, 0.5), (1, "random", 0.0, 0.0)]
-    records = [Distortion(*r, epsilon=0.0) for r in made] + [Distortion(1, "random", 0.0, 1.0, 1.0)]
-    assert agreement(records) == {("best", 1): 0.5, ("best", 2): 1.0, ("random", 1): 0.5}
+    made += [(1, "random", 0.0, 1.0), (3, "random", -1.0, 0.0)]
+    records = [Distortion(*r, epsilon=0.0) for r in made]
+    shares = {("best", 1): 0.5, ("best", 2): 1.0, ("random", 1): 0.5, ("random", 3): 0.0}
+    assert agreement(records) == shares
 
 
 def test_bad_input():

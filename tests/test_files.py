@@ -431,6 +431,7 @@ def test_a_missing_file_and_a_folder_are_told_by_the_system(tmp_path):
             lambda j: j | {"sparsity": {"masked": float("nan"), "overall": 0}},
             "'sparsity' must hold fractions",
         ),
+        (lambda j: j | {"sparsity": {"masked": 1.5, "overall": 0.5}}, "'sparsity' must hold fractions"),
         (lambda j: j | {"sparsity": None}, "'sparsity' must be a table"),
         (lambda j: j | {"source": 5}, "'source' must be a string, got int"),
     ],

@@ -123,8 +123,8 @@ def test_other_dtypes(dtype):
 def test_a_second_call_and_a_copy_start_again():
     model, fresh = network(), network()
     initialize(model, 0.95, keep_last_dense=True)
-    model[0].scores.grad = torch.ones_like(model[0].scores)
     other = copy.deepcopy(model)
+    other[0].scores.grad = torch.ones_like(other[0].scores)
     before = snapshot(model)
     initialize(other, 0.5, keep_last_dense=False, eta=0.5)
     initialize(fresh, 0.5, keep_last_dense=False, eta=0.5)

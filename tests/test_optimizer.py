@@ -482,6 +482,21 @@ def test_a_found_inf_skips_the_step_though_its_own_gradients_are_finite():
     assert_equal(snapshot(model, optimizer), before, ignore=["control"])
 
 
+def test_a_scaled_step_that_failed_leaves_no_scale():
+    model, twin = make_network(), make_network()
+    optimizer, twin_optimizer = (jk.SRPopup(m, total_steps=2) for m in (model, twin))
+    plant_gradients(model, 0)
+    plant_gradients(twin, 0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be finite"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    twin_optimizer.step()
+    assert_equal(snapshot(model, optimizer), snapshot(twin, twin_optimizer))
+
+
 # What a step reports and refuses.
 
 
@@ -646,6 +661,20 @@ def test_dtype_and_memory_format_may_change_in_mid_search():
     model(batch(0)[0].double())
     cached = model.conv.cached_effective_weight
     assert torch.equal(cached, model.conv.weight * model.conv.mask)
+
+
+def test_the_effective_weight_of_another_dtype_is_patched():
+    model = make_network()
+    optimizer = jk.SRPopup(model, total_steps=4, schedule="constant")
+    run(model, optimizer, range(1))
+    model.double()
+    for step in (1, 2):
+        model(batch(0)[0].double())
+        kept = model.conv.cached_effective_weight
+        plant_gradients(model, step)
+        optimizer.step()
+        assert model.conv.cached_effective_weight is kept
+        assert torch.equal(kept, model.conv.weight * model.conv.mask)
 
 
 BAD_ARGUMENTS = [

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from benchmarks.paper.pages import write_report
 from benchmarks.paper.paper_values import SLIPS, TABLES
 from benchmarks.paper.results import Results
 from benchmarks.paper.runs import Workshop
-from benchmarks.paper.scales import FULL, REDUCED, SCALES, SMOKE, Run
+from benchmarks.paper.scales import FULL, REDUCED, SCALES, SMOKE, Run, Spec
 from benchmarks.paper.tables import Findings, table
 from jackpot_kernels.data import DATA, digits
 from jackpot_kernels.models import MODELS, digits_net
@@ -150,6 +151,28 @@ def test_lines_tell_how_they_came_about(smoke):
         sparsity = line["configuration"]["options"]["sparsity"]
         assert line["sparsity_masked"] == pytest.approx(sparsity, abs=1e-3)
         assert line["sparsity_overall"] == pytest.approx(sparsity * (1 - 640 / 56_224), abs=1e-3)
+
+
+def test_distortions_are_summed_up_as_they_were_measured(smoke):
+    lines = [json.loads(line) for line in (smoke / "results.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["configuration"]["kind"] == "distortion"]
+    draws = {}
+    for record in line["distortion"]:
+        assert record["epsilon"] == record["measured"] - record["expected"]
+        draws.setdefault(f"{record['kind']}_{record['q']}", []).append(record["epsilon"])
+    assert len(draws) > 2
+    for name, epsilons in draws.items():
+        assert line[f"mean_{name}"] == pytest.approx(np.mean(epsilons))
+        assert line[f"deviation_{name}"] == pytest.approx(np.std(epsilons, ddof=1))
+
+
+def test_a_mask_without_a_search_is_one_run_whatever_steps_would_do():
+    spec = Spec("dense", "resnet32-cifar10")
+    masks = [
+        Spec("mask", spec.network, 0, (("criterion", "snip"), ("sparsity", 0.9), *options), spec)
+        for options in ((), (("lr", 1.0),), (("schedule", "single"), ("weight_decay", 0.0)))
+    ]
+    assert len({SMOKE.run(mask, 0).key for mask in masks}) == 1
 
 
 def test_a_search_is_the_packages_own(smoke):

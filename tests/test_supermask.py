@@ -1,5 +1,6 @@
 """Supermask (Zhou et al. 2019): its gradient, its draws, the K best it keeps, and searches with it."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -190,6 +191,21 @@ def test_a_search_resumes_bit_for_bit(changes, steps, data):
     assert all(torch.equal(a, b) for a, b in same)
     assert records[-1]["sparsity_masked"] == pytest.approx(records[0]["settings"]["sparsity"], abs=2e-3)
     assert sum(record.get("granted", 0) for record in records) > 0
+
+
+def test_loading_copies_the_state_and_takes_the_masks_as_they_are():
+    model, other = make_model(), make_model()
+    optimizer, loaded = Supermask(model, lr=50.0), Supermask(other, lr=50.0)
+    draw_and_step(model, optimizer, 0)
+    state, before = optimizer.state_dict(), copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(state)
+    for name, stats in loaded.stats().items():
+        layer = other.get_submodule(name)
+        assert (stats.granted, stats.threshold) == (0, layer.scores[layer.mask].min().item())
+    draw_and_step(other, loaded, 1)
+    for index, entry in before["state"].items():
+        assert torch.equal(state["state"][index]["momentum_buffer"], entry["momentum_buffer"])
 
 
 def test_the_loss_is_that_of_drawn_masks_and_the_score_that_of_the_best(data):
