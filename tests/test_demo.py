@@ -12,6 +12,7 @@ from jackpot_kernels.cli import comparison
 from jackpot_kernels.cli.app import app
 from jackpot_kernels.cli.comparison import DENSE, METHODS, OURS, SPARSITIES, Comparison
 from jackpot_kernels.data import Batches, digits
+from jackpot_kernels.environment import environment
 from jackpot_kernels.models import DigitsNet, digits_net
 from jackpot_kernels.search.loop import initialize_masks
 from jackpot_kernels.search.settings import SearchSettings
@@ -42,6 +43,8 @@ def test_every_method_ran_at_every_sparsity_with_every_seed(demo):
     expected += [(m, s, seed) for m in METHODS if m != DENSE for s in SPARSITIES for seed in range(2)]
     found = [(run["method"], run["sparsity"], run["seed"]) for run in results["runs"]]
     assert sorted(found) == sorted(expected)
+    assert results["processor"] == environment()["cpu"]["processor"]
+    assert results["versions"]["torch"] == torch.__version__
 
 
 def test_table_holds_the_means_of_the_runs(demo):

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jackpot_kernels.cli.common import one_sentence, print_table, stderr, writing
+from jackpot_kernels.environment import environment
 from jackpot_kernels.files import write_whole
 
 if TYPE_CHECKING:
@@ -94,7 +95,14 @@ def _finish(comparison: "Comparison", runs: "list[Run]", seconds: float, output:
         "dense_epochs": comparison.dense_epochs,
         "seeds": comparison.seeds,
     }
-    results = {"settings": settings, "seconds": seconds, "runs": [run._asdict() for run in runs]}
+    facts = environment()
+    results = {
+        "settings": settings,
+        "processor": facts["cpu"]["processor"],
+        "versions": facts["versions"],
+        "seconds": seconds,
+        "runs": [run._asdict() for run in runs],
+    }
     write_whole(output / "results.json", json.dumps(results, indent=1).encode())
     header, rows = _table(runs)
     title = f"Test accuracy in % at the last epoch, mean ± deviation, seeds: {comparison.seeds}"
