@@ -57,6 +57,15 @@ def require_seed(seed: Any) -> int:
     return int(seed)
 
 
+def require_whole(name: str, tensor: Tensor) -> None:
+    # A DTensor alone has this; to ask for its class would import torch.distributed.tensor.
+    if hasattr(tensor, "full_tensor"):
+        kind = type(tensor).__name__
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {kind} (sharded by FSDP or tensor parallelism)"
+        )
+
+
 def num_words(numel: int) -> int:
     """Return how many int32 words hold the mask of ``numel`` weights."""
     return (numel + 31) // 32

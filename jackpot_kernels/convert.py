@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from jackpot_kernels._validate import require_whole
 from jackpot_kernels.layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
 
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
@@ -54,10 +55,11 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
         ValueError: when there is no layer to mask, an entry of ``exclude`` matches none or a masked one, a
             weight is empty, not floating-point or computed by a hook, a layer has a ``forward`` of its own,
             or a lazy module has not run yet. The model is then as it was.
-        TypeError: when ``model`` is no module.
+        TypeError: when ``model`` is no module or its parameters are sharded. The model is then as it was.
     """
     _require_module(model)
     for name, parameter in model.named_parameters():
+        require_whole(f"parameter {name!r}", parameter)
         if is_lazy(parameter):
             raise ValueError(
                 f"parameter {name!r} must have a shape, got a lazy one; run the model once first"
@@ -90,9 +92,11 @@ def finalize(model: nn.Module) -> nn.Module:
         ``model`` itself, or the plain layer when ``model`` is a single masked layer.
 
     Raises:
+        TypeError: when a weight is sharded.
         ValueError: when there is no masked layer.
     """
-    require_masked_layers(model)
+    for name, layer in require_masked_layers(model).items():
+        require_whole(f"weight of {name!r}", layer.weight)
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MaskedLayer)]
     plain = {id(layer): _to_plain(layer) for _, layer in places}
     model = _replace(model, [(name, plain[id(layer)]) for name, layer in places])

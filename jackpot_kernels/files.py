@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import num_words
+from jackpot_kernels._validate import num_words, require_whole
 from jackpot_kernels.convert import MaskedLayer, Sparsity, masked_layers, num_plain_weights, sparsity
 from jackpot_kernels.ops.pack_mask import has_bits_after, pack_mask, unpack_mask
 
@@ -57,7 +57,7 @@ def save_jackpot(model: nn.Module, path: str | os.PathLike[str], *, source: str 
         source: where the weights came from, for people.
 
     Raises:
-        TypeError: when ``source`` is no string, or an entry of the state dict no tensor.
+        TypeError: when ``source`` is no string, or an entry of the state dict no tensor, or a sharded one.
         OSError: when the file cannot be written.
     """
     if not isinstance(source, str | None):
@@ -109,6 +109,7 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     Raises:
         JackpotFileError: when the file is truncated, foreign or malformed, or its names, shapes or dtypes are
             not those of ``model``.
+        TypeError: when ``model`` is sharded.
         ValueError: when ``model`` has masked layers or is on the meta device.
         OSError: when the file cannot be read.
     """
@@ -140,6 +141,7 @@ def _tensor_state(model: nn.Module) -> dict[str, Tensor]:
             raise TypeError(
                 f"state dict of model must hold tensors only, got {type(value).__name__} for {key!r}"
             )
+        require_whole(f"{key!r} of model", value)
     return state
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jackpot_kernels import budgets, criteria
+from jackpot_kernels._validate import require_whole
 from jackpot_kernels.convert import MaskedLayer, require_masked_layers
 
 
@@ -49,6 +50,8 @@ def initialize(
             was.
     """
     layers = require_masked_layers(model)
+    for name, layer in layers.items():
+        require_whole(f"weight of {name!r}", layer.weight)
     budgets.num_pruned(sparsity, 0)
     _require_eta(eta)
     searched = _searched(layers, budget, keep_last_dense)

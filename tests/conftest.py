@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable, Iterator
 
 # Threads that wait by spinning take the processor from those they wait for when other programs use it too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -6,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 # The same examples in every run; the first one of a test may build or compile, so no example has a deadline.
 settings.register_profile("jackpot", deadline=None, derandomize=True)
@@ -31,3 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shard() -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """A function that makes a model's parameters DTensors in place, as FSDP2 and tensor parallelism do."""
+    from torch import distributed
+    from torch.distributed.tensor import distribute_module, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda model: distribute_module(model, mesh)
+    distributed.destroy_process_group()

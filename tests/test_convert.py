@@ -242,6 +242,16 @@ def test_a_lazy_module_that_has_not_run_is_refused_and_the_model_stays_as_it_was
     assert len(masked_layers(convert(model))) == 2
 
 
+def test_a_sharded_model_is_refused(shard):
+    plain, masked = shard(Network()), shard(convert(Network()))
+    sharded = r"must be a plain tensor, got a DTensor \(sharded by FSDP or tensor parallelism\)$"
+    with pytest.raises(TypeError, match=rf"^parameter 'conv\.weight' {sharded}"):
+        convert(plain)
+    with pytest.raises(TypeError, match=rf"^weight of 'conv' {sharded}"):
+        finalize(masked)
+    assert type(plain.conv) is nn.Conv2d and type(masked.conv) is MaskedConv2d
+
+
 def test_subclasses_stay_plain():
     class Own(nn.Linear):
         def forward(self, x):

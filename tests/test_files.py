@@ -537,6 +537,17 @@ def test_masked_and_meta_models_are_refused(saved):
         load_jackpot(saved, network(1).to("meta"))
 
 
+def test_a_sharded_model_is_refused(saved, shard):
+    message = r"^'conv\.weight' of model must be a plain tensor, got a DTensor "
+    before = saved.read_bytes()
+    for model in (network(), pruned()):
+        with pytest.raises(TypeError, match=message):
+            save_jackpot(shard(model), saved)
+    assert saved.read_bytes() == before
+    with pytest.raises(TypeError, match=message):
+        load_jackpot(saved, shard(network()))
+
+
 class Extra(nn.Linear):
     def get_extra_state(self):
         return {"secret": 1}

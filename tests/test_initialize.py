@@ -267,3 +267,8 @@ def test_nan_weights_are_refused():
     model[2].weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"^importance of '2' must be finite, got NaN or inf$"):
         initialize(model)
+
+
+def test_a_sharded_model_is_refused(shard):
+    with pytest.raises(TypeError, match=r"^weight of '0' must be a plain tensor, got a DTensor "):
+        initialize(shard(network()))
