@@ -63,6 +63,26 @@ def test_found_inf_skips_the_step() -> None:
     require_same(search, before)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_counts_in_a_compiled_function(backend: str) -> None:
+    """Which reads what a step wrote, too."""
+    ours, wanted = Search(False, 9), Search(False, 9)
+
+    def train(search: Search, steps: list[SearchStep], grads: list[Tensor]) -> Tensor:
+        before = 2 * search.scores[0]
+        if not steps:
+            steps.append(begin(search))
+        steps[0](grads)
+        return before - search.scores[0]
+
+    torch._dynamo.reset()
+    compiled, steps, wanted_steps = torch.compile(train, backend=backend), [], []
+    for _ in range(4):
+        grads = [0.01 * torch.randn(s.shape) for s in ours.scores]
+        assert torch.equal(compiled(ours, steps, grads), train(wanted, wanted_steps, grads))
+        require_same(ours, wanted)
+
+
 def test_says_that_it_wrote() -> None:
     search = Search(False, 5)
     written = [*search.scores, *search.momenta, *search.words, *search.effective]

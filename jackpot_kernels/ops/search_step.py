@@ -60,6 +60,9 @@ class SearchStep:
         # The memory is torch's own at the end of a program, which needs no tidying up.
         weakref.finalize(self, _end, control, self._search).atexit = False
 
+    # Nothing tells a compiler what a step writes to: it would drop the step, or read what was there before.
+    # `torch.compiler.disable` does the same as this, but imports the compiler.
+    @torch._disable_dynamo
     def __call__(self, grads: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
         """Take a step.
 
