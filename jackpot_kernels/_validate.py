@@ -32,6 +32,14 @@ def require_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
+def require_one_device(**arguments: Tensor | Sequence[Tensor] | None) -> None:
+    """Refuse tensors of several devices; where one is on meta, torch runs an operator's fake, which asks."""
+    lists = {name: [value] if isinstance(value, Tensor) else value or () for name, value in arguments.items()}
+    tensors = [(name, tensor) for name, values in lists.items() for tensor in values]
+    for name, tensor in tensors:
+        require_device(name, tensor, tensors[0][1].device)
+
+
 def require_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")

@@ -175,6 +175,20 @@ def test_refuses_what_does_not_fit() -> None:
         case.run(workspace=torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["momenta", "grads", "masks", "hyper", "control", "found_inf", "workspace"])
+def test_refuses_the_meta_device_for_some_tensors_only(name: str) -> None:
+    case = Case(6)
+    options = {"found_inf": torch.zeros(()), "workspace": new_workspace(case.scores)}
+    value = options.get(name, getattr(case, name, None))
+    on_meta = value.to("meta") if isinstance(value, Tensor) else [tensor.to("meta") for tensor in value]
+    if name in options:
+        options[name] = on_meta
+    else:
+        setattr(case, name, on_meta)
+    with pytest.raises(ValueError, match=f"^{name} must be on cpu, got meta$"):
+        case.run(**options)
+
+
 def test_operator_passes_opcheck() -> None:
     case = Case(7, (5, 40))
     workspace = new_workspace(case.scores)

@@ -158,6 +158,13 @@ def test_refuses_unknown_pairs() -> None:
         begin(Search(False, 5), pairs="worst")
 
 
+def test_refuses_gradients_on_the_meta_device() -> None:
+    search = Search(False, 5)
+    with pytest.raises(ValueError, match=r"^grads must be on cpu, got meta$"):
+        begin(search)([grad.to("meta") for grad in ones(search)])
+    assert search.control.tolist() == [0, 0, 0]
+
+
 def test_operator_passes_opcheck() -> None:
     search = Search(False, 5)
     step = begin(search)

@@ -212,6 +212,32 @@ def test_refuses_what_does_not_fit() -> None:
         swap_(scores, words, num_kept, schedule, control, weights=[torch.ones(40)], effective=[torch.ones(2)])
 
 
+@pytest.mark.parametrize(
+    "name", ["masks", "weights", "effective", "num_kept", "schedule", "control", "workspace"]
+)
+def test_refuses_the_meta_device_for_some_tensors_only(name: str) -> None:
+    """Torch runs the fake of an operator then, and the statistics were memory of nobody."""
+    mask = torch.arange(40) < 4
+    arguments = {
+        "scores": [torch.rand(40)],
+        "masks": [pack_mask(mask)],
+        "weights": [torch.rand(40)],
+        "effective": [torch.rand(40) * mask],
+        "num_kept": torch.tensor([[4, 4]]),
+        "schedule": torch.ones(3, 2, dtype=torch.float64),
+        "control": torch.tensor([1, 0, 0]),
+        "workspace": new_workspace([torch.rand(40)]),
+    }
+
+    def on_meta(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        return value.to("meta") if isinstance(value, Tensor) else [value[0].to("meta")]
+
+    with pytest.raises(ValueError, match=f"^{name} must be on cpu, got meta$"):
+        swap_(**{**arguments, name: on_meta(arguments[name])})
+    stats = swap_(**{key: on_meta(value) for key, value in arguments.items()})
+    assert stats.is_meta and stats.shape == (1, 5)
+
+
 def test_operator_passes_opcheck() -> None:
     search = Search(False, 5)
     search.control[0] = 1

@@ -115,6 +115,20 @@ def test_refuses_what_does_not_fit() -> None:
         threshold([], torch.tensor([]))
 
 
+def test_refuses_the_meta_device_for_some_tensors_only() -> None:
+    """Torch runs the fake of an operator then, which left memory of nobody to be read."""
+    values, kept = [torch.ones(3), torch.ones(4)], torch.tensor([1, 2])
+    on_meta = [value.to("meta") for value in values]
+    with pytest.raises(ValueError, match=r"^num_kept must be on meta, got cpu$"):
+        threshold(on_meta, kept)
+    with pytest.raises(ValueError, match=r"^num_kept must be on cpu, got meta$"):
+        threshold(values, kept.to("meta"))
+    with pytest.raises(ValueError, match=r"^values must be on cpu, got meta$"):
+        threshold([values[0], on_meta[1]], kept)
+    value, index = threshold(on_meta, kept.to("meta"))
+    assert value.is_meta and index.is_meta and value.shape == index.shape == kept.shape
+
+
 def test_strides_do_not_matter() -> None:
     values = [torch.randn(40, 30).t(), torch.randn(7, 2)[:, 0]]
     kept = torch.tensor([[100, 0], [3, 0]])[:, 0]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from jackpot_kernels._validate import require_one_device
+
 
 def score_update_(
     scores: Sequence[Tensor],
@@ -38,6 +40,7 @@ def score_update_(
         joint: as for ``new_workspace`` and ``swap_``.
 
     Raises:
+        ValueError: some tensors, but not all, are on the meta device.
         RuntimeError: a dtype, layout or length does not fit.
     """
     torch.ops.jackpot.score_update_(
@@ -48,5 +51,24 @@ def score_update_(
 
 
 @torch.library.register_fake("jackpot::score_update_")
-def _(*args: object) -> None:
-    return None
+def _(
+    scores: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    hyper: Tensor,
+    control: Tensor,
+    found_inf: Tensor | None,
+    workspace: Tensor | None,
+    joint: bool,
+) -> None:
+    require_one_device(
+        scores=scores,
+        momenta=momenta,
+        grads=grads,
+        masks=masks,
+        hyper=hyper,
+        control=control,
+        found_inf=found_inf,
+        workspace=workspace,
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_choice
+from jackpot_kernels._validate import require_choice, require_one_device
 from jackpot_kernels.ops.swap import PAIRS
 
 # A step has no derivative. Torch would look at each tensor to find that out, which took 26 us of a step of
@@ -70,6 +70,7 @@ class SearchStep:
             grads, found_inf: as for ``score_update_``.
 
         Raises:
+            ValueError: a gradient is on the meta device.
             RuntimeError: a dtype, layout or length does not fit, or, on the CPU, no step of the schedule is
                 left; nothing has changed then. On a GPU, which the host does not wait for, a step past the
                 schedule updates the scores and swaps nothing.
@@ -92,5 +93,5 @@ def _end(control: Tensor, search: int) -> None:
 
 
 @torch.library.register_fake("jackpot::search_step_")
-def _(*args: object) -> None:
-    return None
+def _(control: Tensor, search: int, grads: Sequence[Tensor], found_inf: Tensor | None) -> None:
+    require_one_device(control=control, grads=grads, found_inf=found_inf)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_choice
+from jackpot_kernels._validate import require_choice, require_one_device
 
 PAIRS = ("best", "inverse", "random")
 
@@ -67,7 +67,7 @@ def swap_(
         again).  # [S, 5]
 
     Raises:
-        ValueError: ``pairs`` is not known.
+        ValueError: ``pairs`` is not known, or some tensors, but not all, are on the meta device.
         RuntimeError: a dtype, layout or length does not fit, a count or mask keeps nothing, a rate or ramp of
             t is not in [0, 1], or t is not in 1 ... T. CUDA does not wait to look at values: it swaps nothing
             where t is not in 1 ... T, and what it does with the others means nothing.
@@ -88,6 +88,21 @@ def _(
     weights: Sequence[Tensor],
     effective: Sequence[Tensor],
     num_kept: Tensor,
-    *args: object,
+    schedule: Tensor,
+    control: Tensor,
+    joint: bool,
+    pairs: str,
+    seed: int,
+    workspace: Tensor | None,
 ) -> Tensor:
+    require_one_device(
+        scores=scores,
+        masks=masks,
+        weights=weights,
+        effective=effective,
+        num_kept=num_kept,
+        schedule=schedule,
+        control=control,
+        workspace=workspace,
+    )
     return num_kept.new_empty(num_kept.shape[0], 5)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_device, require_dtype, require_shape
+from jackpot_kernels._validate import require_device, require_dtype, require_one_device, require_shape
 
 # A threshold has no derivative, and torch need not look at each tensor to find that out.
 _LIBRARY = torch.library.Library("jackpot", "IMPL")
@@ -51,7 +51,10 @@ def _require_fit(values: Sequence[Tensor], num_kept: Tensor, joint: bool) -> Non
         require_dtype("values", value, torch.float32)
         require_device("values", value, values[0].device)
     require_dtype("num_kept", num_kept, torch.int64)
+    require_device("num_kept", num_kept, values[0].device)
     require_shape("num_kept", num_kept, [1 if joint else len(values)])
+    if num_kept.is_meta:
+        return
     sizes = [value.numel() for value in values]
     for kept, numel in zip(num_kept.tolist(), [sum(sizes)] if joint else sizes, strict=True):
         if not 1 <= kept <= numel:
@@ -60,4 +63,5 @@ def _require_fit(values: Sequence[Tensor], num_kept: Tensor, joint: bool) -> Non
 
 @torch.library.register_fake("jackpot::threshold")
 def _(values: Sequence[Tensor], num_kept: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
+    require_one_device(values=values, num_kept=num_kept)
     return num_kept.new_empty(num_kept.shape, dtype=torch.float32), torch.empty_like(num_kept)
