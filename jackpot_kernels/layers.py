@@ -139,16 +139,21 @@ class MaskedLayer(nn.Module):
 
         The tensor is kept, and patched in place by the optimizer: do not write to it. ``torch.compile`` takes
         a kept one as it is and keeps none: the fastest graph is that of a layer that ran once before.
+        ``torch.export`` takes none.
         """
         parameters: _Tensors = self._parameters
         buffers: _Tensors = self._buffers
         weight, words, kept = parameters["weight"], buffers["mask_words"], self._effective
         dtype = dtype or compute_dtype(weight)
-        compiling = torch.compiler.is_compiling()
-        if kept is not None and kept.dtype == dtype and (compiling or self._is_fresh(weight, words, kept)):
+        if kept is not None and kept.dtype != dtype:
+            kept = None
+        if torch.compiler.is_compiling():
+            # An exported program would hold a kept one as a constant, whatever weights it loads.
+            if kept is None or torch.compiler.is_exporting():
+                return effective_weight(weight, words, dtype)
             return kept
-        if compiling:
-            return effective_weight(weight, words, dtype)
+        if kept is not None and self._is_fresh(weight, words, kept):
+            return kept
         # A tensor made in inference mode could be neither saved for a later backward pass nor patched.
         with torch.inference_mode(False):
             self._effective = made = effective_weight(weight, words, dtype)
@@ -232,11 +237,12 @@ class MaskedLayer(nn.Module):
         dtype = compute_dtype(weight)
         if weight.dtype == dtype:
             return None
-        compiling = torch.compiler.is_compiling()
-        if kept is not None and kept.dtype == dtype and (compiling or self._is_cast_of(weight)):
+        if kept is not None and kept.dtype != dtype:
+            kept = None
+        if torch.compiler.is_compiling():
+            return weight.to(dtype) if kept is None or torch.compiler.is_exporting() else kept
+        if kept is not None and self._is_cast_of(weight):
             return kept
-        if compiling:
-            return weight.to(dtype)
         with torch.inference_mode(False):
             self._cast = made = weight.detach().to(dtype)
         self._cast_from = weight, weight.data_ptr(), _version(weight)

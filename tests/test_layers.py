@@ -533,6 +533,18 @@ def test_a_compiled_layer_follows_a_mask_that_is_assigned_or_loaded():
     torch.testing.assert_close(compiled(x), other.to_dense()(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_holds_no_more_than_the_state_of_the_layer(strict):
+    layer, other, x = masked_of(nn.Linear(6, 5)), masked_of(nn.Linear(6, 5)), torch.randn(4, 6)
+    layer(x)
+    program = torch.export.export(layer, (x,), strict=strict)
+    assert not program.constants and program.state_dict.keys() == layer.state_dict().keys()
+    exported = program.module()
+    torch.testing.assert_close(exported(x), layer(x))
+    exported.load_state_dict(other.state_dict())
+    torch.testing.assert_close(exported(x), other(x))
+
+
 def test_compiled_layer_trained_by_hand_forgets_what_it_kept():
     """Frozen again, a layer has new weights; nothing outside the graph has seen them change."""
     layer = MaskedLinear.from_dense(nn.Linear(8, 4))

@@ -338,6 +338,16 @@ def test_layer_compiles_in_one_graph(backend, amp):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_an_exported_program_holds_no_cast_weight():
+    layer, x = layer_and_input()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert layer.cached_cast_weight is not None
+        program = torch.export.export(layer, (x,))
+    assert not program.constants
+    torch.testing.assert_close(program.module()(x), y)
+
+
 def test_layer_keeps_no_effective_weight():
     layer, x = layer_and_input()
     layer.backend = "dense"
