@@ -1,11 +1,12 @@
 """Checks that name the argument, what was wanted and what came, in one sentence."""
 
+import os
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -13,6 +14,22 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 def require_choice(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def require_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def require_path(name: str, path: str | os.PathLike[str]) -> None:
+    # An integer would open the file of that descriptor, and close it.
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {type(path).__name__}")
+
+
+def require_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from jackpot_kernels._validate import require_whole
+from jackpot_kernels._validate import require_module, require_whole
 from jackpot_kernels.layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
 
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
@@ -57,7 +57,7 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
             or a lazy module has not run yet. The model is then as it was.
         TypeError: when ``model`` is no module or its parameters are sharded. The model is then as it was.
     """
-    _require_module(model)
+    require_module(model)
     for name, parameter in model.named_parameters():
         require_whole(f"parameter {name!r}", parameter)
         if is_lazy(parameter):
@@ -108,7 +108,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
     """Return the masked layers by name, in module order; a layer that stands in several places comes once."""
-    _require_module(model)
+    require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
@@ -205,11 +205,6 @@ def _paths(name: str) -> Iterator[str]:
     """Yield the name itself and those of the modules that contain it."""
     parts = name.split(".")
     return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-
-
-def _require_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _require_maskable(name: str, layer: nn.Module) -> None:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import num_words, require_whole
+from jackpot_kernels._validate import num_words, require_module, require_path, require_whole
 from jackpot_kernels.convert import MaskedLayer, Sparsity, masked_layers, num_plain_weights, sparsity
 from jackpot_kernels.ops.pack_mask import has_bits_after, pack_mask, unpack_mask
 
@@ -57,9 +57,11 @@ def save_jackpot(model: nn.Module, path: str | os.PathLike[str], *, source: str 
         source: where the weights came from, for people.
 
     Raises:
-        TypeError: when ``source`` is no string, or an entry of the state dict no tensor, or a sharded one.
+        TypeError: when ``model`` is no module, ``path`` no path, ``source`` no string, or an entry of the
+            state dict no tensor, or a sharded one.
         OSError: when the file cannot be written.
     """
+    require_path("path", path)
     if not isinstance(source, str | None):
         raise TypeError(f"source must be a string, got {type(source).__name__}")
     state = _tensor_state(model)
@@ -109,10 +111,11 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     Raises:
         JackpotFileError: when the file is truncated, foreign or malformed, or its names, shapes or dtypes are
             not those of ``model``.
-        TypeError: when ``model`` is sharded.
+        TypeError: when ``path`` is no path, ``model`` no module or a sharded one.
         ValueError: when ``model`` has masked layers or is on the meta device.
         OSError: when the file cannot be read.
     """
+    require_path("path", path)
     if masked_layers(model):
         raise ValueError(
             f"model must be plain (see finalize), got masked layer {next(iter(masked_layers(model)))!r}"
@@ -130,12 +133,18 @@ def load_jackpot(path: str | os.PathLike[str], model: nn.Module) -> JackpotInfo:
     for owner, name in _parted(model, decoded, state):
         shared = owner.get_parameter(name)
         owner.register_parameter(name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
-    model.load_state_dict(decoded)
+    model.load_state_dict({name: decoded[_key(name)] for name in model.state_dict()})
     return info
 
 
+def _key(name: str) -> str:
+    """Return the name of an entry as it was before ``torch.compile`` wrapped a module."""
+    return name.replace("_orig_mod.", "")
+
+
 def _tensor_state(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
+    require_module(model)
+    state = {_key(name): value for name, value in model.state_dict().items()}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -152,7 +161,7 @@ def _masks(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor
     """
     masks, owners = {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
+        prefix = _key(f"{name}.") if name else ""
         key = f"{prefix}weight"
         if isinstance(module, MaskedLayer):
             masks[key], owners[key] = module.mask.cpu(), id(module)
@@ -346,9 +355,10 @@ def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     """Return the module that holds an entry of the state dict, and its name there."""
     path, _, name = key.rpartition(".")
     try:
-        return model.get_submodule(path), name
+        owner = model.get_submodule(path)
     except AttributeError:  # a hook made the entry
         return model, key
+    return getattr(owner, "_orig_mod", owner), name
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

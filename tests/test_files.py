@@ -107,6 +107,21 @@ def test_a_fresh_plain_model_computes_the_same_bits(path, dtype, final):
     assert bits(fresh) == bits(finalized)
 
 
+def test_what_torch_compile_wraps_keeps_its_names(path, tmp_path):
+    """In either direction, for the whole model and for a part of it."""
+    model, fresh, other = pruned(), network(1), tmp_path / "other"
+    save_jackpot(model, path)
+    wanted = path.read_bytes()
+    save_jackpot(torch.compile(model, backend="eager"), other)
+    assert other.read_bytes() == wanted
+    model.alias = model.again = torch.compile(model.again, backend="eager")
+    fresh.alias = fresh.again = torch.compile(fresh.again, backend="eager")
+    save_jackpot(model, other)
+    assert other.read_bytes() == wanted
+    load_jackpot(path, torch.compile(fresh, backend="eager"))
+    assert torch.equal(fresh(images()), finalize(pruned()).eval()(images()))
+
+
 def test_masked_and_finalized_models_make_the_same_tensors(tmp_path):
     model = pruned()
     save_jackpot(model, tmp_path / "masked")
@@ -563,7 +578,17 @@ def test_what_is_no_tensor_is_refused_before_anything_is_written(path):
         save_jackpot(Extra(3, 3), path)
     with pytest.raises(TypeError, match=r"^source must be a string, got int$"):
         save_jackpot(pruned(), path, source=3)
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got dict$"):
+        save_jackpot(dict(pruned().state_dict()), path)
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("function", [save_jackpot, lambda model, path: load_jackpot(path, model)])
+def test_a_file_descriptor_is_no_path_and_stays_open(function, tmp_path):
+    with open(tmp_path / "other", "w") as file:
+        with pytest.raises(TypeError, match=r"^path must be a path, got int$"):
+            function(network(), file.fileno())
+        file.write("open")
 
 
 # What survives a failure.
