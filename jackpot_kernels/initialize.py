@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jackpot_kernels import budgets, criteria
-from jackpot_kernels._validate import require_whole
+from jackpot_kernels._validate import require_bool, require_whole
 from jackpot_kernels.convert import MaskedLayer, require_masked_layers
 
 
@@ -53,7 +53,8 @@ def initialize(
     for name, layer in layers.items():
         require_whole(f"weight of {name!r}", layer.weight)
     budgets.num_pruned(sparsity, 0)
-    _require_eta(eta)
+    require_bool("keep_last_dense", keep_last_dense)
+    eta = _checked_eta(eta)
     searched = _searched(layers, budget, keep_last_dense)
     importance = _importance(model, layers, searched, criterion, loss_fn, batches, generator)
     ranked = criteria.magnitude(searched) if budget == "magnitude" else importance
@@ -68,11 +69,13 @@ def initialize(
         layer.scores.requires_grad_(name in searched)
 
 
-def _require_eta(eta: float) -> None:
+def _checked_eta(eta: float) -> float:
     if isinstance(eta, bool) or not isinstance(eta, Real):
         raise TypeError(f"eta must be a number, got {type(eta).__name__}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
+    # Torch fills with no other numbers, such as fractions.
+    return float(eta)
 
 
 def _searched(

@@ -209,6 +209,7 @@ NAN = {"0": torch.full((8, 3, 3, 3), math.nan), "2": torch.ones(7, 8, 3, 3)}
         ({"eta": 1.01}, ValueError, "eta must be in [0, 1], got 1.01"),
         ({"eta": math.nan}, ValueError, "eta must be in [0, 1], got nan"),
         ({"eta": None}, TypeError, "eta must be a number, got NoneType"),
+        ({"keep_last_dense": "False"}, TypeError, "keep_last_dense must be a bool, got str"),
         (
             {"criterion": "magnitud"},
             ValueError,
@@ -246,6 +247,13 @@ def test_bad_input_is_one_sentence_and_changes_nothing(options, error, message):
     assert str(raised.value) == message
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(layer.scores.requires_grad for layer in masked_layers(model).values())
+
+
+def test_eta_may_be_any_number_of_python():
+    model, wanted = network(), network()
+    initialize(model, 0.5, eta=Fraction(99, 100))
+    initialize(wanted, 0.5, eta=0.99)
+    assert all(map(torch.equal, snapshot(model).values(), snapshot(wanted).values()))
 
 
 def test_a_model_with_nothing_to_prune_is_refused():
