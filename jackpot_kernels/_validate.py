@@ -62,11 +62,6 @@ def require_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {list(tensor.stride())}")
 
 
-def require_same_length(name: str, values: Sequence[Tensor], length: int) -> None:
-    if len(values) != length:
-        raise ValueError(f"{name} must have one entry for each of {length} layers, got {len(values)}")
-
-
 def require_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

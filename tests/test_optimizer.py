@@ -759,6 +759,11 @@ def test_scores_of_inference_mode_are_refused():
         jk.SRPopup(model, total_steps=5)
 
 
+def test_a_sharded_model_is_refused(shard):
+    with pytest.raises(TypeError, match=r"scores of 'conv' must be a plain tensor, got a DTensor"):
+        jk.SRPopup(shard(make_network()), total_steps=5)
+
+
 def test_scores_in_two_groups_are_refused():
     model = make_network()
     scores = model.conv.scores

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import require_choice, require_number, require_seed
+from jackpot_kernels._validate import require_choice, require_number, require_seed, require_whole
 from jackpot_kernels.budgets import num_pruned, scale_budget
 from jackpot_kernels.convert import MaskedLayer, masked_layers, searched_layers
 from jackpot_kernels.ops.pack_mask import unpack_mask
@@ -113,7 +113,7 @@ class SRPopup(torch.optim.Optimizer):
             schedule = constant
         rates, ramps = rate_table(schedule, total_steps), ramp_table(ramp, total_steps, ramp_end)
         layers, searched = masked_layers(model), searched_layers(model)
-        _require_tracked(layers)
+        _require_ordinary(layers)
         if params is None:
             params = [layer.scores for layer in searched.values()]
         super().__init__(params, dict(zip(_HYPER, (lr, momentum, weight_decay, nesterov, 1.0), strict=True)))
@@ -520,8 +520,9 @@ def _name_of(schedule: str | Schedule) -> str:
     return schedule if isinstance(schedule, str) else getattr(schedule, "__name__", "function")
 
 
-def _require_tracked(layers: Mapping[str, MaskedLayer]) -> None:
+def _require_ordinary(layers: Mapping[str, MaskedLayer]) -> None:
     for name, layer in layers.items():
+        require_whole(f"scores of {name!r}", layer.scores)
         if layer.scores.is_inference():
             raise ValueError(f"scores of {name!r} must be made outside torch.inference_mode, got some of it")
 
