@@ -3,13 +3,14 @@
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure as Plot
 
+from benchmarks.markdown import markdown
 from benchmarks.shapes import Layer
 from jackpot_kernels.ops.dispatch import Problem, decide, rules_for
 
@@ -150,7 +151,7 @@ def write_report(record: Record, folder: Path) -> str:
         [t.title, f">= {t.limit:.3g}", "" if t.value is None else f"{t.value:.3g}", str(t.count), t.verdict]
         for t in targets(record)
     ]
-    summary = _markdown(["geometric means of ratios of medians", "target", "measured", "shapes", ""], lines)
+    summary = markdown(["geometric means of ratios of medians", "target", "measured", "shapes", ""], lines)
     cells = medians(record)
     parts = [summary]
     for family in dict.fromkeys(cell.family for cell in cells):
@@ -184,7 +185,7 @@ def _table(family: str, record: Record) -> str:
         for row in record["rows"]
         if row["family"] == family
     ]
-    return _markdown(["layer", "mode", "executor", "median, µs", *_COLUMNS], lines)
+    return markdown(["layer", "mode", "executor", "median, µs", *_COLUMNS], lines)
 
 
 _COLUMNS = {
@@ -306,10 +307,6 @@ def _best_bounds(record: Record, holds: Callable[[Layer], bool], backend: str) -
                 mean = statistics.geometric_mean([p[3] for p in inside])
                 best = Bounds(tokens, weights, mean, len(inside), total)
     return best
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def _slug(name: str) -> str:

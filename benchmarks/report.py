@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
 
 from benchmarks.harness import ratio
+from benchmarks.markdown import markdown
 from benchmarks.shapes import TRAINED
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,7 +172,7 @@ def _figures_table(rows: Sequence[Row], networks: Sequence[str]) -> str:
         [title, target, *(cells_of.get(c, "") for c in columns)]
         for (title, target), cells_of in cells.items()
     ]
-    return _markdown(["figure (quartiles of the rounds)", "target", *columns], lines)
+    return markdown(["figure (quartiles of the rounds)", "target", *columns], lines)
 
 
 def _times_table(entries: Iterable[Entry]) -> str:
@@ -188,7 +189,7 @@ def _times_table(entries: Iterable[Entry]) -> str:
         if len(entry.seconds) > 1
         for contender, t in entry.seconds.items()
     ]
-    return _markdown(["benchmark", "network", "contender", "median, ms", "rounds", "others busy"], lines)
+    return markdown(["benchmark", "network", "contender", "median, ms", "rounds", "others busy"], lines)
 
 
 def _busy(entry: Entry) -> str:
@@ -215,10 +216,6 @@ def _facts(run: Mapping[str, Any], entries: Iterable[Entry]) -> str:
             for fact in ("swaps proposed", "layers scanned again"):
                 facts[f"{fact}, {entry.network}"] = f"{_require(entry.facts, fact):.4g}"
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def _plot_margins(rows: Sequence[Row], path: Path) -> None:

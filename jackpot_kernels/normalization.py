@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from jackpot_kernels._validate import require_module
+
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Estimate the running statistics of batch normalisation again, as their mean over the batches.
@@ -72,6 +74,7 @@ def _stay_in_eval(norm: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
+    require_module(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(

@@ -198,3 +198,5 @@ def test_bad_input():
         measure_distortion(linear_model(), linear_batches(), (0,), loss_fn=half_square)
     with pytest.raises(ValueError, match="model must hold masked layers to search"):
         measure_distortion(nn.Linear(2, 2), linear_batches(), (1,))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        measure_distortion(5, linear_batches(), (1,))

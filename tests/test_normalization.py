@@ -93,6 +93,8 @@ def test_a_model_without_statistics_is_refused(function, model):
         ValueError, match=r"^model must hold batch normalisation with running statistics, got "
     ):
         function(model)
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got str$"):
+        function("a model")
 
 
 @pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

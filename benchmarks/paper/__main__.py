@@ -7,13 +7,14 @@ from pathlib import Path
 
 import typer
 
+from benchmarks.markdown import markdown
 from benchmarks.paper.execute import execute, missing, unavailable
 from benchmarks.paper.experiments import EXPERIMENTS, runs_of
 from benchmarks.paper.pages import name_of, write_report
 from benchmarks.paper.results import Results
 from benchmarks.paper.runs import Workshop
 from benchmarks.paper.scales import SCALES, Scale
-from benchmarks.paper.tables import Findings, markdown, table
+from benchmarks.paper.tables import Findings, table
 from jackpot_kernels.cli.common import choose_device
 
 RESULTS = Path(__file__).parents[1] / "results"

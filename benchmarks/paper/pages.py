@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.markdown import markdown
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.figures import draw
 from benchmarks.paper.results import Results
 from benchmarks.paper.scales import Scale
-from benchmarks.paper.tables import NOT_RUN, Findings, footnotes, markdown, table
+from benchmarks.paper.tables import NOT_RUN, Findings, footnotes, table
 from jackpot_kernels.files import write_whole
 from jackpot_kernels.report.page import Section, Table, write_page
 

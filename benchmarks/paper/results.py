@@ -1,13 +1,13 @@
 """The finished runs: JSON lines, one a run, appended as each ends."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.scales import Run
+from jackpot_kernels.search.folder import finite
 
 Result = dict[str, Any]
 
@@ -61,16 +61,7 @@ class Results:
             if self.dropped and file.seek(0, os.SEEK_END) == self._whole + self.dropped:
                 file.truncate(self._whole)
             self.dropped = 0
-            file.write(json.dumps(_finite(result), allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(finite(result), allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self._by_key[result["key"]] = dict(result)
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, for which JSON has no word, by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,10 +90,6 @@ def footnotes(name: str) -> list[str]:
     return [f"† The paper's {column} {slip}." for (table, column), slip in SLIPS.items() if table == name]
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
-
 def _at(values: Sequence[str], index: int) -> str:
     return values[index] if index < len(values) else ""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from jackpot_kernels._validate import require_module
 from jackpot_kernels.convert import MaskedLayer, searched_layers
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -198,6 +199,7 @@ def swapped(layers: Mapping[str, MaskedLayer], swaps: Mapping[str, Swaps]) -> It
 
 def _probe(model: nn.Module, batch_statistics: bool) -> nn.Module:
     """Return a copy in float64 and eval mode, but for normalisation where it is to use the batch."""
+    require_module(model)
     probe = deepcopy(model).double().eval()
     for module in probe.modules():
         if batch_statistics and isinstance(module, _BatchNorm):

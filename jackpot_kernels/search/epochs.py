@@ -1,5 +1,6 @@
 """What a search and a training share: epochs of steps, evaluation, and a state to go on from bit for bit."""
 
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -91,6 +92,10 @@ class EpochLoop(ABC, Generic[Settings]):
     @abstractmethod
     def _lr_after(self, passed: float) -> float:
         """Return the learning rate after the fraction ``passed`` of the epochs."""
+
+    def _cosine(self, passed: float) -> float:
+        """Let the learning rate fall along a cosine from epoch to epoch, towards 0 after the last."""
+        return self.settings.lr * (1 + math.cos(math.pi * passed)) / 2
 
     @abstractmethod
     def _end(self) -> Record:

@@ -75,7 +75,7 @@ class RunFolder:
     def write(self, record: Record) -> None:
         """Append a record to the log; NaN and infinities become null."""
         with self.log.open("a") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
 
     def records(self) -> list[Record]:
         """Return what the log holds.
@@ -181,10 +181,10 @@ def run(
             raise Stopped(loop.step, loop.total_steps)
 
 
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no word for."""
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities, for which JSON has no word, by None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list) else value
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, list) else value

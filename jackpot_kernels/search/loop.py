@@ -115,8 +115,7 @@ class Search(EpochLoop[SearchSettings]):
         return self._plain_step(inputs, labels)
 
     def _lr_after(self, passed: float) -> float:
-        """Fall along a cosine from epoch to epoch, towards 0 after the last."""
-        return self.settings.lr * (1 + math.cos(math.pi * passed)) / 2
+        return self._cosine(passed)
 
     def _step_figures(self) -> Record:
         stats = self._optimizer.stats().values()

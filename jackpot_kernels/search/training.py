@@ -1,6 +1,5 @@
 """Ordinary training: the dense network that a search starts from, and fine-tuning under a fixed mask."""
 
-import math
 from dataclasses import asdict
 
 import torch
@@ -110,7 +109,7 @@ class Training(EpochLoop[TrainingSettings]):
 
     def _lr_after(self, passed: float) -> float:
         if self.settings.schedule == "cosine":
-            return self.settings.lr * (1 + math.cos(math.pi * passed)) / 2
+            return self._cosine(passed)
         return self.settings.lr / (1 if passed < 0.5 else 10 if passed < 0.75 else 100)
 
     def _end(self) -> Record:
