@@ -264,7 +264,11 @@ class SRPopup(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return groups and momentum as every optimizer does, and under "search" all else a resume needs."""
+        """Return groups and momentum as every optimizer does, and under "search" all else a resume needs.
+
+        What passes on groups and momentum alone, as ``get_optimizer_state_dict`` of
+        ``torch.distributed.checkpoint`` does, loses the search.
+        """
         return {**super().state_dict(), "search": dict(self._search)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
