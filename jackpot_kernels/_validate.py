@@ -12,7 +12,7 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def require_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -32,9 +32,20 @@ def require_module(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def require_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def require_tensors(name: str, tensors: Sequence[Tensor]) -> None:
+    if not isinstance(tensors, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
+    for tensor in tensors:
+        require_tensor(name, tensor)
+
+
+def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    require_tensor(name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
 
@@ -42,6 +53,19 @@ def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def require_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def require_sizes(name: str, shape: Sequence[int]) -> None:
+    if isinstance(shape, torch.Size):
+        return  # whose numbers are tensors while torch.jit traces
+    whole = isinstance(shape, Sequence) and all(isinstance(n, Integral | torch.SymInt) for n in shape)
+    if not whole or any(n < 0 for n in shape):
+        raise TypeError(f"{name} must be a list of integers of at least 0, got {shape!r}")
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on meta; load a state or use to_empty first")
 
 
 def require_device(name: str, tensor: Tensor, device: torch.device) -> None:

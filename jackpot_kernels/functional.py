@@ -418,6 +418,8 @@ def _kind(value: object) -> str:
 
 
 def _require_channels(x: Tensor, weight: Tensor, groups: int) -> None:
+    if not isinstance(groups, Integral):
+        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
     if groups < 1 or weight.shape[0] % groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} output channels of weight, got {groups}")
     dims, channels = weight.dim(), weight.shape[1] * groups
@@ -428,7 +430,10 @@ def _require_channels(x: Tensor, weight: Tensor, groups: int) -> None:
 
 
 def _one_each(name: str, value: int | Sequence[int], count: int) -> Sequence[int]:
-    values = (int(value),) * count if isinstance(value, int | Integral) else tuple(map(index, value))
+    try:
+        values = (int(value),) * count if isinstance(value, int | Integral) else tuple(map(index, value))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or {count} of them, got {value!r}") from None
     if len(values) != count:
         raise ValueError(f"{name} must be one number or {count}, got {values}")
     least = 0 if name == "padding" else 1

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,14 @@ def test_rules_leave_bad_operands_to_the_checks(rules, x):
         jk.masked_linear(x, weight, weight, weight.bool())
 
 
+@pytest.mark.parametrize("groups", [0, None, "2"])
+def test_rules_leave_bad_groups_to_the_checks(rules, groups):
+    rules({"cpu": {"masked_conv": (Rule("fused", lambda problem: True),)}})
+    weight = torch.ones(6, 4, 3, 3)
+    with pytest.raises((TypeError, ValueError), match=r"^groups must "):
+        jk.masked_conv2d(torch.ones(1, 8, 5, 5), weight, weight, weight.bool(), groups=groups)
+
+
 def test_rules_are_asked_inside_one_graph(rules):
     rules({"cpu": {"masked_linear": (Rule("reference", lambda problem: problem.tokens <= 8),)}})
     layer = jk.MaskedLinear(9, 5)
@@ -158,6 +167,11 @@ def test_context_reaches_a_compiled_layer():
     "call, message",
     [
         (lambda: choose("fast"), "backend must be one of auto, fused, mixed, dense, reference, got 'fast'"),
+        (lambda: choose([]), "backend must be one of auto, fused, mixed, dense, reference, got []"),
+        (
+            lambda: jk.use_backend(np.ones(2)).__enter__(),
+            "backend must be one of auto, fused, mixed, dense, reference, got array([1., 1.])",
+        ),
         (
             lambda: choose_backend("masked_conv3d", "fused", ("dense",), None, None),
             "backend must be one of auto, dense, reference for masked_conv3d, got 'fused'",

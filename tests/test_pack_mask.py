@@ -56,6 +56,23 @@ def test_refuses_what_does_not_fit() -> None:
         unpack_mask(torch.ones(4, dtype=torch.int32)[::2], [64])
 
 
+@pytest.mark.parametrize("shape", [32, None, (4.0, 8.0), (-4, -8), "32"])
+def test_refuses_what_is_no_shape(shape: object) -> None:
+    with pytest.raises(TypeError) as raised:
+        unpack_mask(torch.ones(1, dtype=torch.int32), shape)
+    assert str(raised.value) == f"shape must be a list of integers of at least 0, got {shape!r}"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning"
+)
+def test_takes_the_shape_of_a_traced_tensor() -> None:
+    mask = torch.rand(4, 8) < 0.5
+    inputs = pack_mask(mask), mask
+    traced = torch.jit.trace(lambda words, like: unpack_mask(words, like.shape), inputs)
+    assert torch.equal(traced(*inputs), mask)
+
+
 def test_operators_pass_opcheck() -> None:
     mask = torch.rand(7, 9) < 0.5
     torch.library.opcheck(torch.ops.jackpot.pack_mask, (mask,))

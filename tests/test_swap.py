@@ -202,6 +202,12 @@ def test_refuses_what_does_not_fit() -> None:
     control = torch.tensor([1, 0, 0])
     with pytest.raises(ValueError, match="pairs must be one of best, inverse, random, got 'worst'"):
         swap_(scores, words, num_kept, schedule, control, pairs="worst")
+    with pytest.raises(TypeError, match=r"^num_kept must be a tensor, got NoneType$"):
+        swap_(scores, words, None, schedule, control)
+    with pytest.raises(TypeError, match=r"^scores must be a list of tensors, got Tensor$"):
+        swap_(scores[0], words, num_kept, schedule, control)
+    with pytest.raises(TypeError, match=r"^weights must be a tensor, got NoneType$"):
+        swap_(scores, words, num_kept, schedule, control, weights=[None], effective=[None])
     with pytest.raises(RuntimeError, match="one int32 word for 32 weights"):
         swap_(scores, [words[0][:1]], num_kept, schedule, control)
     with pytest.raises(RuntimeError, match=r"control\[0\] must be in \[1, 3\].*got 4"):

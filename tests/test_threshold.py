@@ -111,6 +111,9 @@ def test_refuses_what_does_not_fit() -> None:
         threshold(values, [1, 1])
     with pytest.raises(TypeError, match="values must be a tensor, got float"):
         threshold([torch.ones(3), 1.0], torch.tensor([1, 1]))
+    for values in (torch.ones(2, 3), None):
+        with pytest.raises(TypeError, match=r"^values must be a list of tensors, got (Tensor|NoneType)$"):
+            threshold(values, torch.tensor([1, 1]))
     with pytest.raises(ValueError, match="at least one tensor"):
         threshold([], torch.tensor([]))
 

@@ -111,6 +111,7 @@ def choose_backend(
     Raises:
         ValueError: a backend is unknown, or not among ``available``.
     """
+    require_choice("backend", backend, BACKENDS)
     if backend == "auto":
         backend = _wish
     if backend == "auto":
@@ -121,13 +122,14 @@ def choose_backend(
         return _by_rules(op, x, weight, groups) if RULES else "dense"
     if backend == "reference" or backend in available:
         return backend
-    require_choice("backend", backend, BACKENDS)
     names = ", ".join(("auto", *available, "reference"))
     raise ValueError(f"backend must be one of {names} for {op}, got {backend!r}")
 
 
 def _by_rules(op: str, x: Any, weight: Any, groups: int) -> str:
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.dim() > 1):
+        return "dense"
+    if not isinstance(groups, int) or groups < 1:
         return "dense"
     rules = _rules_of(str(weight.device))
     if rules is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import num_words, require_contiguous, require_dtype
+from jackpot_kernels._validate import num_words, require_contiguous, require_dtype, require_sizes
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -39,11 +39,12 @@ def unpack_mask(words: Tensor, shape: Sequence[int]) -> Tensor:
         Contiguous bool mask of that shape on the same device.
 
     Raises:
-        TypeError: ``words`` is not an int32 tensor.
+        TypeError: ``words`` is not an int32 tensor, or ``shape`` holds no sizes.
         ValueError: ``words`` is not contiguous or does not fit the shape.
     """
     require_dtype("words", words, torch.int32)
     require_contiguous("words", words)
+    require_sizes("shape", shape)
     wanted = num_words(math.prod(shape))
     if words.numel() != wanted:
         raise ValueError(f"words must have {wanted} elements for shape {list(shape)}, got {words.numel()}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_choice, require_one_device
+from jackpot_kernels._validate import require_choice, require_one_device, require_tensor, require_tensors
 
 PAIRS = ("best", "inverse", "random")
 
@@ -67,12 +67,18 @@ def swap_(
         again).  # [S, 5]
 
     Raises:
+        TypeError: an argument is no tensor, or no list of tensors.
         ValueError: ``pairs`` is not known, or some tensors, but not all, are on the meta device.
         RuntimeError: a dtype, layout or length does not fit, a count or mask keeps nothing, a rate or ramp of
             t is not in [0, 1], or t is not in 1 ... T. CUDA does not wait to look at values: it swaps nothing
             where t is not in 1 ... T, and what it does with the others means nothing.
     """
     require_choice("pairs", pairs, PAIRS)
+    lists = {"scores": scores, "masks": masks, "weights": weights, "effective": effective}
+    for name, values in lists.items():
+        require_tensors(name, values)
+    for name, value in {"num_kept": num_kept, "schedule": schedule, "control": control}.items():
+        require_tensor(name, value)
     stats = torch.ops.jackpot.swap_(
         scores, masks, weights, effective, num_kept, schedule, control, joint, pairs, seed, workspace
     )

@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jackpot_kernels._validate import require_device, require_dtype, require_one_device, require_shape
+from jackpot_kernels._validate import (
+    require_device,
+    require_dtype,
+    require_one_device,
+    require_shape,
+    require_tensors,
+)
 
 # A threshold has no derivative, and torch need not look at each tensor to find that out.
 _LIBRARY = torch.library.Library("jackpot", "IMPL")
@@ -45,6 +51,7 @@ def threshold(values: Sequence[Tensor], num_kept: Tensor, joint: bool = False) -
 
 
 def _require_fit(values: Sequence[Tensor], num_kept: Tensor, joint: bool) -> None:
+    require_tensors("values", values)
     if not values:
         raise ValueError("values must name at least one tensor, got none")
     for value in values:
