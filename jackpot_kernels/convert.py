@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from jackpot_kernels._validate import require_module, require_whole
-from jackpot_kernels.layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLayer, MaskedLinear
+from jackpot_kernels._validate import require_dtype, require_module, require_whole
+from jackpot_kernels.layers import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedLayer,
+    MaskedLinear,
+    not_a_parameter,
+)
 
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
     nn.Linear: MaskedLinear,
@@ -65,7 +72,7 @@ def convert(model: nn.Module, exclude: str | Iterable[str] = ()) -> nn.Module:
                 f"parameter {name!r} must have a shape, got a lazy one; run the model once first"
             )
     places = list(model.named_modules(remove_duplicate=False))
-    excluded = _excluded(places, (exclude,) if isinstance(exclude, str) else tuple(exclude))
+    excluded = _excluded(places, (exclude,) if isinstance(exclude, str) else exclude)
     plain = [(name, m) for name, m in places if type(m) in _MASKED and id(m) not in excluded]
     if not plain and not masked_layers(model):
         raise ValueError(
@@ -93,9 +100,12 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: when a weight is sharded.
-        ValueError: when there is no masked layer.
+        ValueError: when there is no masked layer, or a parametrization computes what one holds.
     """
     for name, layer in require_masked_layers(model).items():
+        for key in ("weight", "bias", "scores"):
+            if key not in layer._parameters:
+                raise ValueError(not_a_parameter(f"{key} of {name!r}"))
         require_whole(f"weight of {name!r}", layer.weight)
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, MaskedLayer)]
     plain = {id(layer): _to_plain(layer) for _, layer in places}
@@ -156,10 +166,10 @@ def overlap(
         masks_a, masks_b: bool tensors, dicts of them by layer name, or models with masked layers.
 
     Raises:
-        TypeError: when a mask is not bool.
+        TypeError: when a mask is no bool tensor.
         ValueError: when names or shapes differ, or there is no weight to compare.
     """
-    a, b = _named_masks(masks_a), _named_masks(masks_b)
+    a, b = _named_masks("masks_a", masks_a), _named_masks("masks_b", masks_b)
     if a.keys() != b.keys():
         raise ValueError(
             f"masks_a and masks_b must name the same layers, got {sorted(a.keys() ^ b.keys())} in one only"
@@ -167,8 +177,7 @@ def overlap(
     differing = 0
     for name, mask in a.items():
         for other in (mask, b[name]):
-            if other.dtype != torch.bool:
-                raise TypeError(f"mask of {name!r} must be bool, got {other.dtype}")
+            require_dtype(f"mask of {name!r}", other, torch.bool)
         if mask.shape != b[name].shape:
             raise ValueError(
                 f"masks of {name!r} must have one shape, got {tuple(mask.shape)} and {tuple(b[name].shape)}"
@@ -184,6 +193,8 @@ def _excluded(places: Iterable[tuple[str, nn.Module]], patterns: Iterable[str]) 
     """Return the identities of the layers that a pattern names, or whose containing module it names."""
     layers = [(name, m) for name, m in places if type(m) in _MASKED or isinstance(m, MaskedLayer)]
     excluded: set[int] = set()
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"exclude must hold names, got {type(patterns).__name__}")
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"exclude must hold names, got {type(pattern).__name__}")
@@ -261,7 +272,9 @@ def num_plain_weights(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
-def _named_masks(masks: nn.Module | Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
+def _named_masks(name: str, masks: nn.Module | Mapping[str, Tensor] | Tensor) -> dict[str, Tensor]:
     if isinstance(masks, nn.Module):
         return {name: layer.mask for name, layer in require_masked_layers(masks).items()}
+    if not isinstance(masks, Tensor | Mapping):
+        raise TypeError(f"{name} must be a mask, a dict of masks or a model, got {type(masks).__name__}")
     return {"mask": masks} if isinstance(masks, Tensor) else dict(masks)

@@ -32,6 +32,8 @@ def random(layers: Mapping[str, MaskedLayer], generator: torch.Generator | None 
 
     Drawn on the generator's device, and on the CPU without one, so that a seed gives one mask on any device.
     """
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     source = generator.device if generator is not None else torch.device("cpu")
     draws = {
         name: torch.rand(layer.weight.shape, generator=generator, dtype=torch.float32, device=source)
@@ -55,8 +57,10 @@ def snip(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> dict[str,
         float32 tensors of the weights' shapes, contiguous, by layer name.
 
     Raises:
+        TypeError: when ``loss_fn`` is no function, or ``batches`` cannot be gone through.
         ValueError: when there is no batch.
     """
+    _require_callable_and_batches(loss_fn, batches)
     whole, weights = _whole_copy(model)
     return {
         name: _as_importance((weights[name].detach().float() * gradient).abs())
@@ -74,6 +78,7 @@ def grasp(model: nn.Module, loss_fn: LossFunction, batches: Batches) -> dict[str
 
     Args, Returns and Raises are those of ``snip``.
     """
+    _require_callable_and_batches(loss_fn, batches)
     whole, weights = _whole_copy(model)
     batches = list(batches)
     gradients = _gradients(whole, weights, loss_fn, batches)
@@ -113,6 +118,14 @@ def given(layers: Mapping[str, MaskedLayer], tensors: Mapping[str, Tensor]) -> d
     return {
         name: _as_importance(tensors[name].detach().to(layer.weight.device)) for name, layer in layers.items()
     }
+
+
+def _require_callable_and_batches(loss_fn: LossFunction, batches: Batches) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
+    # Python goes through what has indices, too, as a torch Dataset.
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches must be pairs (x, y), got {type(batches).__name__}")
 
 
 def _as_importance(tensor: Tensor) -> Tensor:

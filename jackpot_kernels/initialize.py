@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jackpot_kernels import budgets, criteria
-from jackpot_kernels._validate import require_bool, require_whole
+from jackpot_kernels._validate import require_bool, require_values, require_whole
 from jackpot_kernels.convert import MaskedLayer, require_masked_layers
 
 
@@ -52,6 +52,7 @@ def initialize(
     layers = require_masked_layers(model)
     for name, layer in layers.items():
         require_whole(f"weight of {name!r}", layer.weight)
+        require_values(f"weight of {name!r}", layer.weight)
     budgets.num_pruned(sparsity, 0)
     require_bool("keep_last_dense", keep_last_dense)
     eta = _checked_eta(eta)
@@ -126,7 +127,7 @@ def _num_kept(
 ) -> dict[str, int]:
     if isinstance(budget, Mapping):
         return budgets.given(importance, budget)
-    if budget not in budgets.BUDGETS:
+    if not isinstance(budget, str) or budget not in budgets.BUDGETS:
         raise ValueError(
             f"budget must be one of {', '.join(budgets.BUDGETS)} or a dict of counts, got {budget!r}"
         )

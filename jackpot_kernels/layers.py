@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jackpot_kernels._validate import require_dtype, require_shape
+from jackpot_kernels._validate import require_dtype, require_shape, require_values
 from jackpot_kernels.functional import (
     compute_dtype,
     convolution,
@@ -123,6 +123,7 @@ class MaskedLayer(nn.Module):
     @property
     def num_kept(self) -> int:
         """How many weights the mask keeps; waits for the device."""
+        require_values("mask", self.mask_words)
         return int(self.mask.sum())
 
     @property
@@ -144,7 +145,10 @@ class MaskedLayer(nn.Module):
         parameters: _Tensors = self._parameters
         buffers: _Tensors = self._buffers
         weight, words, kept = parameters["weight"], buffers["mask_words"], self._effective
-        dtype = dtype or compute_dtype(weight)
+        if dtype is None:
+            dtype = compute_dtype(weight)
+        elif not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
         if kept is not None and kept.dtype != dtype:
             kept = None
         if torch.compiler.is_compiling():
@@ -202,10 +206,9 @@ class MaskedLayer(nn.Module):
         """
         parameters: _Tensors = self._parameters
         try:
-            weight = parameters["weight"]
-        except KeyError:
-            message = "weight must be a parameter, got one that a parametrization or a hook computes"
-            raise RuntimeError(message) from None
+            weight, _ = parameters["weight"], parameters["scores"]
+        except KeyError as error:
+            raise RuntimeError(not_a_parameter(error.args[0])) from None
         backend = choose_backend(self._operation, self.backend, self._kernels, x, weight, groups)
         if weight.requires_grad or backend == "reference":
             keeps = self._effective is not None or self._cast is not None
@@ -361,6 +364,10 @@ class MaskedConv3d(_MaskedConv, nn.Conv3d):
     """``nn.Conv3d`` under a mask, with the same arguments: a convolution with ``weight * mask`` (Eq. 4)."""
 
     _plain = nn.Conv3d
+
+
+def not_a_parameter(name: str) -> str:
+    return f"{name} must be a parameter, got one that a parametrization or a hook computes"
 
 
 def _blank(kind: type[Any], like: Any, arguments: tuple[str, ...]) -> Any:

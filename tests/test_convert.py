@@ -147,6 +147,7 @@ def test_converting_again_changes_nothing():
             "model must hold an nn.Linear or nn.Conv1d/2d/3d to mask, got Network",
         ),
         ([3], TypeError, "exclude must hold names, got int"),
+        (3, TypeError, "exclude must hold names, got int"),
     ],
 )
 def test_bad_excludes_are_refused_and_the_model_stays_as_it_was(exclude, error, message):
@@ -250,6 +251,15 @@ def test_a_sharded_model_is_refused(shard):
     with pytest.raises(TypeError, match=rf"^weight of 'conv' {sharded}"):
         finalize(masked)
     assert type(plain.conv) is nn.Conv2d and type(masked.conv) is MaskedConv2d
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "scores"])
+def test_what_a_parametrization_computes_is_not_finalized(name):
+    model = convert(Network())
+    nn.utils.parametrize.register_parametrization(model.head[1], name, nn.Identity())
+    with pytest.raises(ValueError, match=rf"^{name} of 'head.1' must be a parameter, got one that a param"):
+        finalize(model)
+    assert len(masked_layers(model)) == 4
 
 
 def test_subclasses_stay_plain():
@@ -406,6 +416,15 @@ def test_overlap_refuses_masks_that_do_not_match(a, b, error, message):
     assert str(raised.value) == message
 
 
-def test_overlap_refuses_masks_that_are_not_bool():
-    with pytest.raises(TypeError, match=r"^mask of 'mask' must be bool, got torch.float32$"):
-        overlap(torch.ones(3), torch.ones(3, dtype=torch.bool))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(3), "mask of 'mask' must be bool, got float32"),
+        ({"mask": [True]}, "mask of 'mask' must be a tensor, got list"),
+        (5, "masks_a must be a mask, a dict of masks or a model, got int"),
+    ],
+)
+def test_overlap_refuses_what_is_no_mask(wrong, message):
+    with pytest.raises(TypeError) as raised:
+        overlap(wrong, torch.ones(3, dtype=torch.bool))
+    assert str(raised.value) == message

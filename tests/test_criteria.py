@@ -152,9 +152,13 @@ def test_a_layer_that_the_loss_does_not_reach_has_zero_importance():
 
 
 @pytest.mark.parametrize("criterion", [criteria.snip, criteria.grasp])
-def test_no_batch_is_refused(criterion):
+def test_no_batch_and_no_loss_are_refused(criterion):
     with pytest.raises(ValueError, match=r"^batches must hold at least one pair \(x, y\), got none$"):
         criterion(convert(nn.Linear(2, 2)), LOSS, [])
+    with pytest.raises(TypeError, match=r"^batches must be pairs \(x, y\), got int$"):
+        criterion(convert(nn.Linear(2, 2)), LOSS, 5)
+    with pytest.raises(TypeError, match=r"^loss_fn must be a function, got str$"):
+        criterion(convert(nn.Linear(2, 2)), "cross_entropy", [])
 
 
 def test_given_tensors_are_checked_and_copied():

@@ -220,6 +220,11 @@ NAN = {"0": torch.full((8, 3, 3, 3), math.nan), "2": torch.ones(7, 8, 3, 3)}
             ValueError,
             "criterion must be one of magnitude, snip, grasp, random or a dict of tensors, got None",
         ),
+        (
+            {"criterion": "random", "generator": 5},
+            TypeError,
+            "generator must be a torch.Generator, got int",
+        ),
         ({"criterion": "snip"}, ValueError, "loss_fn must be given for criterion 'snip', got None"),
         (
             {"criterion": "grasp", "loss_fn": nn.functional.cross_entropy},
@@ -231,6 +236,11 @@ NAN = {"0": torch.full((8, 3, 3, 3), math.nan), "2": torch.ones(7, 8, 3, 3)}
             {"budget": "layer"},
             ValueError,
             "budget must be one of global, magnitude, uniform, erk or a dict of counts, got 'layer'",
+        ),
+        (
+            {"budget": []},
+            ValueError,
+            "budget must be one of global, magnitude, uniform, erk or a dict of counts, got []",
         ),
         ({"budget": {"0": 1, "2": 1, "nose": 1}}, ValueError, "budget must name masked layers, got 'nose'"),
         ({"budget": {"0": 0, "2": 1}}, ValueError, "budget of '0' must be in [1, 216], got 0"),
@@ -280,3 +290,9 @@ def test_nan_weights_are_refused():
 def test_a_sharded_model_is_refused(shard):
     with pytest.raises(TypeError, match=r"^weight of '0' must be a plain tensor, got a DTensor "):
         initialize(shard(network()))
+
+
+def test_weights_without_values_are_refused():
+    wanted = r"^weight of '0' must hold values, got a tensor on meta; load a state or use to_empty first$"
+    with pytest.raises(ValueError, match=wanted):
+        initialize(network().to("meta"))

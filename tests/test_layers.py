@@ -600,10 +600,22 @@ def test_a_weight_that_was_trained_leaves_no_effective_weight_behind():
     torch.testing.assert_close(compiled, torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
-def test_a_parametrized_weight_is_refused(layer):
-    nn.utils.parametrizations.weight_norm(layer)
-    with pytest.raises(RuntimeError, match="weight must be a parameter, got one that a param"):
+@pytest.mark.parametrize("name", ["weight", "scores"])
+def test_what_a_parametrization_computes_is_refused(layer, name):
+    nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+    with pytest.raises(RuntimeError, match=f"^{name} must be a parameter, got one that a param"):
         layer(torch.randn(1, 4, 5, 5))
+
+
+def test_a_device_is_no_dtype(layer):
+    with pytest.raises(TypeError, match=r"^dtype must be a torch\.dtype, got str$"):
+        layer.effective_weight("cpu")
+    assert layer.cached_effective_weight is None
+
+
+def test_a_mask_on_meta_has_no_count(layer):
+    with pytest.raises(ValueError, match=r"^mask must hold values, got a tensor on meta; load a state or "):
+        _ = layer.to("meta").sparsity
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
