@@ -2,10 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closed_forms import assert_near, conv, double
-from torch.library import opcheck
 
 from jackpot_kernels import masked_conv1d, masked_conv2d, masked_conv3d, pack_mask
-from jackpot_kernels.ops.masked_conv import MaskedConvFunction
 
 MASKED = {1: masked_conv1d, 2: masked_conv2d, 3: masked_conv3d}
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -193,48 +191,6 @@ def test_second_derivatives():
     wanted, behind = derivatives(F.conv2d(x, effective, bias, **options), effective, frozen)
     torch.testing.assert_close(dx, wanted)
     torch.testing.assert_close(dscores, behind * frozen)
-
-
-def test_second_derivative_of_the_operator_raises():
-    tensors, window = operands("2d all", True, True)
-    for wanted in (tensors[0], tensors[2]):
-        y = MaskedConvFunction.apply(*tensors, *window, "dense")
-        (grad,) = torch.autograd.grad(y.sum(), wanted, create_graph=True)
-        with pytest.raises(RuntimeError, match="masked_conv can be differentiated only once"):
-            grad.sum().backward()
-
-
-def operands(case, needs_grad, effective, channels_last=False):
-    """Return the operator's arguments up to bias, and the geometry."""
-    (x, weight, scores), mask, bias, options = problem(case, channels_last=channels_last)
-    stride, dilation, groups, pads = geometry(x, weight, options)
-    made = (weight.detach() * mask) if effective else None
-    tensors = [t if needs_grad else t.detach() for t in (x, weight, scores, bias)]
-    return (*tensors[:3], pack_mask(mask), made, tensors[3]), (stride, [a for a, _ in pads], dilation, groups)
-
-
-@pytest.mark.parametrize(
-    "case, effective, channels_last", [("1d all", True, False), ("2d all", False, True), ("3d", True, False)]
-)
-def test_opcheck(case, effective, channels_last):
-    tensors, window = operands(case, True, effective, channels_last)
-    opcheck(torch.ops.jackpot.masked_conv.default, (*tensors, *window, "dense"))
-    tensors, window = operands(case, False, effective, channels_last)
-    x, weight, _, words, made, _ = tensors
-    grad = torch.ops.jackpot.masked_conv(*tensors, *window, "dense")
-    for needs in ([True] * 4, [True, False, True, False], [False] * 4):
-        args = (grad, x, weight, words, made, *window, needs, "dense")
-        opcheck(torch.ops.jackpot.masked_conv_backward.default, args)
-
-
-def test_operator_and_function_give_the_same_bits():
-    tensors, window = operands("2d all", True, True)
-    x, weight, scores, *_, bias = tensors
-    results = []
-    for call in (torch.ops.jackpot.masked_conv, MaskedConvFunction.apply):
-        y = call(*tensors, *window, "dense")
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, scores, bias))))
-    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

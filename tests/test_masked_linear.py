@@ -2,10 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closed_forms import assert_near, double, linear
-from torch.library import opcheck
 
 from jackpot_kernels import masked_linear, pack_mask
-from jackpot_kernels.ops.masked_linear import MaskedLinearFunction
 
 SHAPES = [  # leading dimensions of x, outputs, inputs
     ((4,), 8, 16),
@@ -182,47 +180,10 @@ def test_second_derivatives():
         torch.testing.assert_close(dleaf, behind * factor)
 
 
-def test_second_derivative_of_the_operator_raises():
-    x, weight, scores, words, _, bias = operands(False, True)
-    for wanted in (x, scores):
-        y = MaskedLinearFunction.apply(x, weight, scores, words, None, bias, "dense")
-        (grad,) = torch.autograd.grad(y.sum(), wanted, create_graph=True)
-        with pytest.raises(RuntimeError, match="masked_linear can be differentiated only once"):
-            grad.sum().backward()
-
-
 def test_functorch_gradient():
     x, weight, scores, mask, bias = (t.detach() for t in problem((3,), 5, 9))
     grad = torch.func.grad(lambda s: masked_linear(x, weight, s, mask, bias).sum())(scores)
     torch.testing.assert_close(grad, x.sum(0) * weight)
-
-
-def operands(effective, needs_grad):
-    x, weight, scores, mask, bias = problem((2, 3), 5, 9)
-    if not needs_grad:
-        x, weight, scores, bias = (t.detach() for t in (x, weight, scores, bias))
-    made = (weight.detach() * mask) if effective else None
-    return x, weight, scores, pack_mask(mask), made, bias
-
-
-@pytest.mark.parametrize("effective", [False, True])
-def test_opcheck(effective):
-    x, weight, scores, words, made, bias = operands(effective, True)
-    opcheck(torch.ops.jackpot.masked_linear.default, (x, weight, scores, words, made, bias, "dense"))
-    opcheck(torch.ops.jackpot.masked_linear.default, (x, weight, scores, words, made, None, "dense"))
-    x, weight, _, words, made, _ = operands(effective, False)
-    for needs in ([True] * 4, [True, False, True, False], [False] * 4):
-        args = (torch.randn(2, 3, 5), x, weight, words, made, needs, "dense")
-        opcheck(torch.ops.jackpot.masked_linear_backward.default, args)
-
-
-def test_operator_and_function_give_the_same_bits():
-    x, weight, scores, words, made, bias = operands(True, True)
-    results = []
-    for call in (torch.ops.jackpot.masked_linear, MaskedLinearFunction.apply):
-        y = call(x, weight, scores, words, made, bias, "dense")
-        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, scores, bias))))
-    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -162,16 +162,16 @@ def once(name: str, grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple
     return marked
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register an operator whose code is the same function on CPU and CUDA.
 
     Args:
         schema: of the operator, its name first.
         kernel: its code.
-        fake: what it returns, without values; the kernel itself where that is made of other operators.
+        fake: what it returns, without values.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, kernel, device)
-    torch.library.register_fake(f"jackpot::{name}", fake or kernel, lib=_LIBRARY)
+    torch.library.register_fake(f"jackpot::{name}", fake, lib=_LIBRARY)

@@ -1,6 +1,6 @@
-"""The masked convolution of one, two or three dimensions as an operator and as an autograd function.
+"""The masked convolution of one, two or three dimensions as an autograd function, and its kernels' operators.
 
-As for the masked matmul, the function calls the kernels themselves and not the operator that is made of them.
+As of the masked matmul, there is no operator of the whole, and a dense convolution is the library's.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from jackpot_kernels.ops.masked import (
     once,
     register,
     score_grad,
-    weight_gradients,
 )
 
 
@@ -46,35 +45,14 @@ def _dense(
     )
 
 
-def _dense_backward(
-    grad: Tensor,  # [N, O, ...]
-    x: Tensor,  # [N, I, ...]
-    weight: Tensor,  # [O, I / groups, ...]
-    words: Tensor,
-    effective_weight: Tensor | None,
-    geometry: Geometry,
-    needs: Sequence[bool],
-) -> Gradients:
-    needs_x, needs_weight, needs_scores, needs_bias = needs
-    if effective_weight is None:
-        effective_weight = make_effective_weight(weight, words, x.dtype)
+def _dense_grad(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, of: int) -> Tensor:
+    """Return the library's gradient of a convolution to x, which is 0, or to weight, which is 1."""
     stride, padding, dilation, groups = geometry
-    dx, grad_weight, dbias = torch.ops.aten.convolution_backward.default(
-        grad,
-        x,
-        effective_weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [needs_x, needs_weight or needs_scores, needs_bias],
-    )
-    if grad_weight is None:
-        return dx, None, None, dbias
-    return dx, *weight_gradients(grad_weight, weight, words, needs_weight, needs_scores), dbias
+    window = stride, padding, dilation, False, [0] * len(stride), groups
+    needs = [of == 0, of == 1, False]
+    grads = torch.ops.aten.convolution_backward.default(grad, x, weight, None, *window, needs)
+    result: Tensor = grads[of]
+    return result
 
 
 def _fused(
@@ -133,8 +111,9 @@ def _mixed_backward(
     needs_x, *others = needs
     dx = None
     if needs_x:
-        only_x = (True, False, False, False)
-        dx = _dense_backward(grad, x, weight, words, effective_weight, geometry, only_x)[0]
+        if effective_weight is None:
+            effective_weight = make_effective_weight(weight, words, x.dtype)
+        dx = _dense_grad(grad, x, effective_weight, geometry, 0)
     return dx, *_fused_backward(grad, x, weight, words, None, geometry, (False, *others))[1:]
 
 
@@ -170,21 +149,7 @@ def score_grad_(
         # Compiled operators leave this to their callers: autograd then notices a late backward pass.
         torch.autograd.graph.increment_version(grad_scores)
         return
-    stride, padding, dilation, groups = geometry
-    none = [0] * len(stride)
-    grad_weight = torch.ops.aten.convolution_backward.default(
-        grad,
-        x,
-        weight.to(x.dtype),
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        none,
-        groups,
-        [False, True, False],
-    )[1]
+    grad_weight = _dense_grad(grad, x, weight.to(x.dtype), geometry, 1)
     if accumulate:
         grad_scores.addcmul_(grad_weight, weight)
     else:
@@ -199,11 +164,9 @@ def _as_images(geometry: Geometry, *tensors: Tensor) -> tuple[list[Tensor], Geom
     return [t.unsqueeze(2) for t in tensors], Geometry((1, *stride), (0, *padding), (1, *dilation), groups)
 
 
-KERNELS = {
-    "dense": (_dense, _dense_backward),
-    "fused": (_fused, _fused_backward),
-    "mixed": (_dense, _mixed_backward),
-}
+KERNELS = {"dense": _dense, "fused": _fused, "mixed": _dense}
+# That of a dense convolution is the library's own.
+_BACKWARD_KERNELS = {"fused": _fused_backward, "mixed": _mixed_backward}
 
 
 def masked_conv(
@@ -234,25 +197,7 @@ def masked_conv(
         backend: a key of ``KERNELS``.
     """
     geometry = Geometry(stride, padding, dilation, groups)
-    return KERNELS[backend][0](x, weight, words, effective_weight, bias, geometry)
-
-
-def masked_conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    effective_weight: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    needs: Sequence[bool],
-    backend: str,
-) -> Gradients:
-    """Return the gradients of x, weight, scores (Eq. 6, 18) and bias, each where needed, else None."""
-    geometry = Geometry(stride, padding, dilation, groups)
-    return KERNELS[backend][1](grad, x, weight, words, effective_weight, geometry, needs)
+    return KERNELS[backend](x, weight, words, effective_weight, bias, geometry)
 
 
 class MaskedConvFunction(Function):
@@ -273,27 +218,11 @@ class MaskedConvFunction(Function):
         x, weight, words, effective_weight = ctx.saved_tensors
         needs_x, needs_weight, needs_scores, _, _, needs_bias = ctx.needs_input_grad[:6]
         needs = (needs_x, needs_weight, needs_scores, needs_bias)
-        backward = KERNELS[ctx.backend][1]
+        backward = _BACKWARD_KERNELS[ctx.backend]
         with torch.no_grad():
             grads = backward(grad, x, weight, words, effective_weight, ctx.geometry, needs)
         dx, dweight, dscores, dbias = once("masked_conv", grads, grad, x, weight)
         return dx, dweight, dscores, None, None, dbias, None, None, None, None, None
-
-
-register(
-    "masked_conv(Tensor x, Tensor weight, Tensor scores, Tensor words, Tensor? effective_weight, "
-    "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, str backend) -> Tensor",
-    masked_conv,
-)
-register(
-    "masked_conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor words, Tensor? effective_weight, "
-    "int[] stride, int[] padding, int[] dilation, int groups, bool[4] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    masked_conv_backward,
-)
-torch.library.register_autograd(
-    "jackpot::masked_conv", MaskedConvFunction.backward, setup_context=MaskedConvFunction.setup_context
-)
 
 
 def _fused_kernel(

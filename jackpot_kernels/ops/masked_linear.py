@@ -1,8 +1,8 @@
-"""The masked matmul as an operator and as an autograd function.
+"""The masked matmul as an autograd function, and the operators that its kernels are.
 
-The function calls the kernels, not the operator made of them: the way through the dispatcher and back costs a
-small layer more than its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul
-needs no function of its own: it is the library's, of an effective weight with gradients (`ops/masked.py`).
+There is no operator of the whole: the way through the dispatcher and back would cost a small layer more than
+its matmul, and Inductor or a FLOP counter would see one closed box. A dense matmul needs no function of its
+own: it is the library's, of an effective weight with gradients (`ops/masked.py`).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ from jackpot_kernels.ops.masked import (
     once,
     register,
     score_grad,
-    weight_gradients,
 )
 
 
@@ -31,27 +30,6 @@ def _dense(
     if effective_weight is None:
         effective_weight = make_effective_weight(weight, words, x.dtype)
     return F.linear(x, effective_weight, bias)
-
-
-def _dense_backward(
-    grad: Tensor,  # [..., M]
-    x: Tensor,  # [..., K]
-    weight: Tensor,  # [M, K]
-    words: Tensor,
-    effective_weight: Tensor | None,
-    needs: Sequence[bool],
-) -> Gradients:
-    needs_x, needs_weight, needs_scores, needs_bias = needs
-    rows = grad.reshape(-1, weight.shape[0])  # [N, M]
-    dx = dweight = dscores = None
-    if needs_x:
-        if effective_weight is None:
-            effective_weight = make_effective_weight(weight, words, x.dtype)
-        dx = (rows @ effective_weight).view(x.shape)
-    if needs_weight or needs_scores:
-        grad_weight = rows.t() @ x.reshape(-1, weight.shape[1])  # [M, K]
-        dweight, dscores = weight_gradients(grad_weight, weight, words, needs_weight, needs_scores)
-    return dx, dweight, dscores, rows.sum(0) if needs_bias else None
 
 
 def _fused(
@@ -93,7 +71,11 @@ def _mixed_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, *others = needs
-    dx = _dense_backward(grad, x, weight, words, effective_weight, (needs_x, False, False, False))[0]
+    dx = None
+    if needs_x:
+        if effective_weight is None:
+            effective_weight = make_effective_weight(weight, words, x.dtype)
+        dx = (grad.reshape(-1, weight.shape[0]) @ effective_weight).view(x.shape)
     return dx, *_fused_backward(grad, x, weight, words, None, (False, *others))[1:]
 
 
@@ -113,11 +95,9 @@ def score_grad_(
         grad_scores.copy_(score_grad(grad_weight, weight))
 
 
-KERNELS = {
-    "dense": (_dense, _dense_backward),
-    "fused": (_fused, _fused_backward),
-    "mixed": (_dense, _mixed_backward),
-}
+KERNELS = {"dense": _dense, "fused": _fused, "mixed": _dense}
+# That of a dense matmul is the library's own.
+_BACKWARD_KERNELS = {"fused": _fused_backward, "mixed": _mixed_backward}
 
 
 def masked_linear(
@@ -141,20 +121,7 @@ def masked_linear(
         bias: the dtype of ``x``.  # [M]
         backend: a key of ``KERNELS``.
     """
-    return KERNELS[backend][0](x, weight, words, effective_weight, bias)
-
-
-def masked_linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    effective_weight: Tensor | None,
-    needs: Sequence[bool],
-    backend: str,
-) -> Gradients:
-    """Return the gradients of x, weight, scores (Eq. 6, 18) and bias, each where needed, else None."""
-    return KERNELS[backend][1](grad, x, weight, words, effective_weight, needs)
+    return KERNELS[backend](x, weight, words, effective_weight, bias)
 
 
 class MaskedLinearFunction(Function):
@@ -174,26 +141,11 @@ class MaskedLinearFunction(Function):
         x, weight, words, effective_weight = ctx.saved_tensors
         needs_x, needs_weight, needs_scores, _, _, needs_bias, _ = ctx.needs_input_grad
         needs = (needs_x, needs_weight, needs_scores, needs_bias)
-        backward = KERNELS[ctx.backend][1]
+        backward = _BACKWARD_KERNELS[ctx.backend]
         with torch.no_grad():
             grads = backward(grad, x, weight, words, effective_weight, needs)
         dx, dweight, dscores, dbias = once("masked_linear", grads, grad, x, weight)
         return dx, dweight, dscores, None, None, dbias, None
-
-
-register(
-    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor words, Tensor? effective_weight, "
-    "Tensor? bias, str backend) -> Tensor",
-    masked_linear,
-)
-register(
-    "masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor words, Tensor? effective_weight, "
-    "bool[4] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    masked_linear_backward,
-)
-torch.library.register_autograd(
-    "jackpot::masked_linear", MaskedLinearFunction.backward, setup_context=MaskedLinearFunction.setup_context
-)
 
 
 def _fused_kernel(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
