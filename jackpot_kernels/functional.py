@@ -250,11 +250,11 @@ def linear(
     weight: Tensor,
     scores: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """Return ``masked_linear`` for a packed mask, and an effective weight in the compute dtype if at hand."""
+    """Return ``masked_linear`` for a packed mask, and what a layer keeps of its weight."""
     backend = choose_backend("masked_linear", backend, linear_op.KERNELS, x, weight)
     x, bias = require_linear(x, weight, bias)
     if backend in ("fused", "mixed"):
@@ -263,11 +263,9 @@ def linear(
         mask = unpack_mask(words, weight.shape)
         return reference.masked_linear(x, weight, scores, mask, bias)
     if backend == "dense":
-        made = differentiable(weight, scores, words, effective_weight, x.dtype)
+        made = differentiable(weight, scores, words, kept, x.dtype)
         return linear_op.masked_linear(x, weight, scores, words, made, bias, backend)
-    y: Tensor = linear_op.MaskedLinearFunction.apply(
-        x, weight, scores, words, effective_weight, bias, backend
-    )
+    y: Tensor = linear_op.MaskedLinearFunction.apply(x, weight, scores, words, kept, bias, backend)
     return y
 
 
@@ -276,7 +274,7 @@ def convolution(
     weight: Tensor,
     scores: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     stride: int | Sequence[int],
     padding: str | int | Sequence[int],
@@ -284,7 +282,7 @@ def convolution(
     groups: int,
     backend: str,
 ) -> Tensor:
-    """Return the convolution for a packed mask, and an effective weight in the compute dtype if at hand."""
+    """Return the convolution for a packed mask, and what a layer keeps of its weight."""
     backend = choose_backend("masked_conv", backend, conv_op.KERNELS, x, weight, groups)
     x, bias = require_convolution(x, weight, bias, groups)
     batched = x.dim() == weight.dim()
@@ -303,12 +301,10 @@ def convolution(
         mask = unpack_mask(words, weight.shape)
         y = reference.masked_conv(x, weight, scores, mask, bias, *window)
     elif backend == "dense":
-        made = differentiable(weight, scores, words, effective_weight, x.dtype)
+        made = differentiable(weight, scores, words, kept, x.dtype)
         y = conv_op.masked_conv(x, weight, scores, words, made, bias, *window, backend)
     else:
-        y = conv_op.MaskedConvFunction.apply(
-            x, weight, scores, words, effective_weight, bias, *window, backend
-        )
+        y = conv_op.MaskedConvFunction.apply(x, weight, scores, words, kept, bias, *window, backend)
     return y if batched else y.squeeze(0)
 
 

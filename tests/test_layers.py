@@ -245,7 +245,7 @@ def test_effective_weight_is_built_once(layer, monkeypatch):
     layer(x)
     kept = layer.cached_effective_weight
     monkeypatch.setattr("jackpot_kernels.layers.effective_weight", None)
-    monkeypatch.setattr("jackpot_kernels.ops.masked_conv.make_effective_weight", None)
+    monkeypatch.setattr("jackpot_kernels.ops.masked.effective_weight", None)
     layer(x).sum().backward()
     layer.scores.data.add_(1)
     layer(x).sum().backward()

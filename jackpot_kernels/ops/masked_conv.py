@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
+from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.masked import (
     Function,
     Gradients,
@@ -33,16 +33,13 @@ def _dense(
     x: Tensor,
     weight: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    if effective_weight is None:
-        effective_weight = make_effective_weight(weight, words, x.dtype)
+    effective = effective_weight(weight, words, x.dtype) if kept is None else kept
     stride, padding, dilation, groups = geometry
-    return torch.convolution(
-        x, effective_weight, bias, stride, padding, dilation, False, [0] * len(stride), groups
-    )
+    return torch.convolution(x, effective, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
 def _dense_grad(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, of: int) -> Tensor:
@@ -59,11 +56,11 @@ def _fused(
     x: Tensor,
     weight: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    cast = cast_weight(weight, effective_weight, x)
+    cast = cast_weight(weight, kept, x)
     (x, cast), window = _as_images(geometry, x, cast)
     y: Tensor = torch.ops.jackpot.masked_conv_fused(x, cast, words, bias, *window)
     return y.squeeze(2) if weight.dim() == 3 else y
@@ -74,14 +71,14 @@ def _fused_backward(
     x: Tensor,  # [N, I, ...]
     weight: Tensor,  # [O, I / groups, ...]
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     geometry: Geometry,
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, needs_weight, needs_scores, needs_bias = needs
     if _is_channels_last(x):  # as is its gradient, but for torch.compile, which makes that contiguous
         grad = grad.contiguous(memory_format=torch.channels_last)
-    cast, shape = cast_weight(weight, effective_weight, x) if needs_x else weight, weight.shape
+    cast, shape = cast_weight(weight, kept, x) if needs_x else weight, weight.shape
     (grad, x, weight, cast), window = _as_images(geometry, grad, x, weight, cast)
     dx = dweight = dscores = None
     if needs_x:
@@ -104,16 +101,15 @@ def _mixed_backward(
     x: Tensor,  # [N, I, ...]
     weight: Tensor,  # [O, I / groups, ...]
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     geometry: Geometry,
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, *others = needs
     dx = None
     if needs_x:
-        if effective_weight is None:
-            effective_weight = make_effective_weight(weight, words, x.dtype)
-        dx = _dense_grad(grad, x, effective_weight, geometry, 0)
+        effective = effective_weight(weight, words, x.dtype) if kept is None else kept
+        dx = _dense_grad(grad, x, effective, geometry, 0)
     return dx, *_fused_backward(grad, x, weight, words, None, geometry, (False, *others))[1:]
 
 
@@ -174,7 +170,7 @@ def masked_conv(
     weight: Tensor,
     scores: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -189,15 +185,15 @@ def masked_conv(
         weight: any floating dtype and memory format.  # [O, I / groups, ...]
         scores: float32; only its gradient matters here.  # [O, I / groups, ...]
         words: packed mask, int32.  # [ceil(numel / 32)]
-        effective_weight: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself,
-            ``weight`` in that dtype; made anew where it is None.
+        kept: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself, ``weight`` in
+            that dtype; made anew where it is None.
         bias: the dtype of ``x``.  # [O]
         stride, padding, dilation: one number a dimension; zeros are padded on both sides.
         groups: a divisor of I and O.
         backend: a key of ``KERNELS``.
     """
     geometry = Geometry(stride, padding, dilation, groups)
-    return KERNELS[backend](x, weight, words, effective_weight, bias, geometry)
+    return KERNELS[backend](x, weight, words, kept, bias, geometry)
 
 
 class MaskedConvFunction(Function):
@@ -209,18 +205,18 @@ class MaskedConvFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, words, effective_weight, _, stride, padding, dilation, groups, ctx.backend = inputs
+        x, weight, _, words, kept, _, stride, padding, dilation, groups, ctx.backend = inputs
         ctx.geometry = Geometry(stride, padding, dilation, groups)
-        ctx.save_for_backward(x, weight, words, effective_weight)
+        ctx.save_for_backward(x, weight, words, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, words, effective_weight = ctx.saved_tensors
+        x, weight, words, kept = ctx.saved_tensors
         needs_x, needs_weight, needs_scores, _, _, needs_bias = ctx.needs_input_grad[:6]
         needs = (needs_x, needs_weight, needs_scores, needs_bias)
         backward = _BACKWARD_KERNELS[ctx.backend]
         with torch.no_grad():
-            grads = backward(grad, x, weight, words, effective_weight, ctx.geometry, needs)
+            grads = backward(grad, x, weight, words, kept, ctx.geometry, needs)
         dx, dweight, dscores, dbias = once("masked_conv", grads, grad, x, weight)
         return dx, dweight, dscores, None, None, dbias, None, None, None, None, None
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import require_available
-from jackpot_kernels.ops.effective_weight import effective_weight as make_effective_weight
+from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.masked import (
     Function,
     Gradients,
@@ -24,18 +24,13 @@ from jackpot_kernels.ops.masked import (
 )
 
 
-def _dense(
-    x: Tensor, weight: Tensor, words: Tensor, effective_weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    if effective_weight is None:
-        effective_weight = make_effective_weight(weight, words, x.dtype)
-    return F.linear(x, effective_weight, bias)
+def _dense(x: Tensor, weight: Tensor, words: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
+    effective = effective_weight(weight, words, x.dtype) if kept is None else kept
+    return F.linear(x, effective, bias)
 
 
-def _fused(
-    x: Tensor, weight: Tensor, words: Tensor, effective_weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    cast = cast_weight(weight, effective_weight, x)
+def _fused(x: Tensor, weight: Tensor, words: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
+    cast = cast_weight(weight, kept, x)
     y: Tensor = torch.ops.jackpot.masked_linear_fused(x, cast, words, bias)
     return y
 
@@ -45,13 +40,13 @@ def _fused_backward(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [M, K]
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, needs_weight, needs_scores, needs_bias = needs
     dx = dweight = dscores = dbias = None
     if needs_x:
-        cast = cast_weight(weight, effective_weight, x)
+        cast = cast_weight(weight, kept, x)
         dx = torch.ops.jackpot.masked_linear_fused_input_grad(grad, cast, words)
     if needs_weight or needs_scores:
         dweight, dscores, dbias = torch.ops.jackpot.masked_linear_fused_weight_grads(
@@ -67,15 +62,14 @@ def _mixed_backward(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [M, K]
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     needs: Sequence[bool],
 ) -> Gradients:
     needs_x, *others = needs
     dx = None
     if needs_x:
-        if effective_weight is None:
-            effective_weight = make_effective_weight(weight, words, x.dtype)
-        dx = (grad.reshape(-1, weight.shape[0]) @ effective_weight).view(x.shape)
+        effective = effective_weight(weight, words, x.dtype) if kept is None else kept
+        dx = (grad.reshape(-1, weight.shape[0]) @ effective).view(x.shape)
     return dx, *_fused_backward(grad, x, weight, words, None, (False, *others))[1:]
 
 
@@ -105,7 +99,7 @@ def masked_linear(
     weight: Tensor,
     scores: Tensor,
     words: Tensor,
-    effective_weight: Tensor | None,
+    kept: Tensor | None,
     bias: Tensor | None,
     backend: str,
 ) -> Tensor:
@@ -116,12 +110,12 @@ def masked_linear(
         weight: any floating dtype.  # [M, K]
         scores: float32; only its gradient matters here.  # [M, K]
         words: packed mask, int32.  # [ceil(M * K / 32)]
-        effective_weight: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself,
-            ``weight`` in that dtype; made anew where it is None.  # [M, K]
+        kept: ``weight * mask`` in the dtype of ``x``, or for "fused", which masks it itself, ``weight`` in
+            that dtype; made anew where it is None.  # [M, K]
         bias: the dtype of ``x``.  # [M]
         backend: a key of ``KERNELS``.
     """
-    return KERNELS[backend](x, weight, words, effective_weight, bias)
+    return KERNELS[backend](x, weight, words, kept, bias)
 
 
 class MaskedLinearFunction(Function):
@@ -133,17 +127,17 @@ class MaskedLinearFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, words, effective_weight, _, ctx.backend = inputs
-        ctx.save_for_backward(x, weight, words, effective_weight)
+        x, weight, _, words, kept, _, ctx.backend = inputs
+        ctx.save_for_backward(x, weight, words, kept)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, words, effective_weight = ctx.saved_tensors
+        x, weight, words, kept = ctx.saved_tensors
         needs_x, needs_weight, needs_scores, _, _, needs_bias, _ = ctx.needs_input_grad
         needs = (needs_x, needs_weight, needs_scores, needs_bias)
         backward = _BACKWARD_KERNELS[ctx.backend]
         with torch.no_grad():
-            grads = backward(grad, x, weight, words, effective_weight, needs)
+            grads = backward(grad, x, weight, words, kept, needs)
         dx, dweight, dscores, dbias = once("masked_linear", grads, grad, x, weight)
         return dx, dweight, dscores, None, None, dbias, None
 
