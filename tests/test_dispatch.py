@@ -1,5 +1,7 @@
 import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,27 +201,38 @@ def test_unknown_name_in_the_environment(monkeypatch):
     assert choose("dense") == "dense"
 
 
-def refusal(backend="fused"):
-    weight = torch.ones(5, 9)
-    with pytest.raises(RuntimeError) as caught:
-        jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend=backend)
-    return str(caught.value)
+MATRIX, ROW, IMAGE = torch.ones(5, 9), torch.ones(1, 2, 9), torch.ones(1, 2, 4, 4)
+TAPS, WINDOW = torch.ones(3, 2, 3), torch.ones(3, 2, 3, 3)
+CALLS = {
+    "masked_linear": (MATRIX, MATRIX, MATRIX, MATRIX.bool()),
+    "masked_conv1d": (ROW, TAPS, TAPS, TAPS.bool()),
+    "masked_conv2d": (IMAGE, WINDOW, WINDOW, WINDOW.bool()),
+    "masked_linear_score_grad_": (torch.ones(5, 9), torch.ones(5, 5), MATRIX, MATRIX),
+    "masked_conv2d_score_grad_": (torch.ones(3, 2, 3, 3), torch.ones(1, 3, 2, 2), IMAGE, WINDOW),
+}
+
+
+def refusals():
+    """Return what the functions that have kernels say where these cannot run."""
+    sentences = set()
+    for (name, tensors), backend in product(CALLS.items(), ("fused", "mixed")):
+        with pytest.raises(RuntimeError) as caught:
+            getattr(jk, name)(*tensors, backend=backend)
+        sentences.add(str(caught.value))
+    return sentences
 
 
 def test_fused_without_triton():
     script = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
-import torch
-import jackpot_kernels as jk
-weight = torch.ones(5, 9)
-print(jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool()).tolist()[0][0])
-try:
-    jk.masked_linear(torch.ones(2, 9), weight, weight, weight.bool(), backend="fused")
-except RuntimeError as error:
-    print(error)
+from test_dispatch import CALLS, jk, refusals
+print(jk.masked_linear(*CALLS["masked_linear"]).tolist()[0][0])
+print(*refusals())
 """
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     assert answer.stdout.splitlines() == [
         "9.0",
         'backend="fused" cannot run: triton is not installed: run `pip install triton`',
@@ -228,11 +241,10 @@ except RuntimeError as error:
 
 def test_fused_without_a_device(monkeypatch):
     monkeypatch.setattr(availability, "interpreting", lambda: False)
-    sentence = (
+    assert refusals() == {
         'backend="fused" cannot run: '
         "it needs CUDA tensors, or TRITON_INTERPRET=1 in the environment, got tensors on cpu"
-    )
-    assert refusal() == refusal("mixed") == sentence
+    }
 
 
 def test_fused_on_an_old_device(monkeypatch):

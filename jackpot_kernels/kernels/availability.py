@@ -59,8 +59,7 @@ def require_available(device: torch.device) -> None:
 
 @contextmanager
 def launching_on(device: torch.device) -> Iterator[None]:
-    """Make ``device`` the one that Triton launches on; BackendUnavailableError where it cannot."""
-    require_available(device)
+    """Make ``device`` the one that Triton launches on."""
     if device.type == "cpu":
         yield
         return

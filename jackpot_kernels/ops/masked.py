@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.pack_mask import unpack_mask
 
@@ -163,15 +164,20 @@ def once(name: str, grads: tuple[Tensor | None, ...], *sources: Tensor) -> tuple
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an operator whose code is the same function on CPU and CUDA.
+    """Register an operator of Triton kernels; on tensors of the CPU they run in Triton's interpreter.
 
     Args:
-        schema: of the operator, its name first.
-        kernel: its code.
+        schema: of the operator, its name first, and first of its arguments a tensor.
+        kernel: its code. It alone imports the kernels, and thereby triton, which may be missing.
         fake: what it returns, without values.
     """
     name = schema[: schema.index("(")]
+
+    def run(*args: Any) -> Any:
+        require_available(args[0].device)
+        return kernel(*args)
+
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, kernel, device)
+        _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"jackpot::{name}", fake, lib=_LIBRARY)

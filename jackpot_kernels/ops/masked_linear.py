@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jackpot_kernels.kernels.availability import require_available
 from jackpot_kernels.ops.effective_weight import effective_weight
 from jackpot_kernels.ops.masked import (
     Function,
@@ -143,7 +142,6 @@ class MaskedLinearFunction(Function):
 
 
 def _fused_kernel(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -> Tensor:
-    require_available(x.device)
     from jackpot_kernels.kernels.masked_linear import masked_matmul
 
     y = masked_matmul(x.reshape(-1, weight.shape[1]), weight, words, bias, transposed=False)
@@ -155,7 +153,6 @@ def _fused_fake(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None) -
 
 
 def _input_grad_kernel(grad: Tensor, weight: Tensor, words: Tensor) -> Tensor:
-    require_available(grad.device)
     from jackpot_kernels.kernels.masked_linear import masked_matmul
 
     dx = masked_matmul(grad.reshape(-1, weight.shape[0]), weight, words, None, transposed=True)
@@ -169,7 +166,6 @@ def _input_grad_fake(grad: Tensor, weight: Tensor, words: Tensor) -> Tensor:
 def _weight_grads_kernel(
     grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    require_available(x.device)
     from jackpot_kernels.kernels.masked_linear import weight_grads_
 
     dweight, dscores, dbias = _weight_grads_fake(grad, x, weight, words, needs)
@@ -190,7 +186,6 @@ def _weight_grads_fake(
 def _score_grad_kernel(
     grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool
 ) -> None:
-    require_available(x.device)
     from jackpot_kernels.kernels.masked_linear import weight_grads_
 
     rows = grad.reshape(-1, weight.shape[0])
