@@ -161,7 +161,7 @@ def _as_images(geometry: Geometry, *tensors: Tensor) -> tuple[list[Tensor], Geom
 
 
 KERNELS = {"dense": _dense, "fused": _fused, "mixed": _dense}
-# That of a dense convolution is the library's own.
+# The backward pass of a dense convolution is the library's own.
 _BACKWARD_KERNELS = {"fused": _fused_backward, "mixed": _mixed_backward}
 
 
@@ -205,8 +205,8 @@ class MaskedConvFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, words, kept, _, stride, padding, dilation, groups, ctx.backend = inputs
-        ctx.geometry = Geometry(stride, padding, dilation, groups)
+        x, weight, _, words, kept, _, *window, ctx.backend = inputs
+        ctx.geometry = Geometry(*window)
         ctx.save_for_backward(x, weight, words, kept)
 
     @staticmethod
@@ -221,57 +221,31 @@ class MaskedConvFunction(Function):
         return dx, dweight, dscores, None, None, dbias, None, None, None, None, None
 
 
-def _fused_kernel(
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _fused_kernel(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, *window: Any) -> Tensor:
     from jackpot_kernels.kernels.masked_conv import masked_conv_
     from jackpot_kernels.kernels.masked_linear import masked_matmul
 
-    geometry = Geometry(stride, padding, dilation, groups)
+    geometry = Geometry(*window)
     if _is_matmul(x, weight, geometry):
         return _as_planes(masked_matmul(_as_rows(x), weight[:, :, 0, 0], words, bias, transposed=False), x)
-    y = _fused_fake(x, weight, words, bias, stride, padding, dilation, groups)
+    y = _fused_fake(x, weight, words, bias, *window)
     masked_conv_(y, x, weight, words, bias, geometry)
     return y
 
 
-def _fused_fake(
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    size = output_shape(x, weight, Geometry(stride, padding, dilation, groups))
+def _fused_fake(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None, *window: Any) -> Tensor:
+    size = output_shape(x, weight, Geometry(*window))
     channels_last = _is_channels_last(x) or _is_channels_last(weight)
     return _new_images(x, size, channels_last)
 
 
 def _input_grad_kernel(
-    grad: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    size: Sequence[int],
-    channels_last: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad: Tensor, weight: Tensor, words: Tensor, size: Sequence[int], channels_last: bool, *window: Any
 ) -> Tensor:
     from jackpot_kernels.kernels.masked_conv import masked_conv_input_grad_
     from jackpot_kernels.kernels.masked_linear import masked_matmul
 
-    geometry = Geometry(stride, padding, dilation, groups)
+    geometry = Geometry(*window)
     if channels_last and _is_matmul(grad, weight, geometry):
         return _as_planes(
             masked_matmul(_as_rows(grad), weight[:, :, 0, 0], words, None, transposed=True), grad
@@ -288,19 +262,10 @@ def _input_grad_fake(
 
 
 def _weight_grads_kernel(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor,
-    needs: Sequence[bool],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad: Tensor, x: Tensor, weight: Tensor, words: Tensor, needs: Sequence[bool], *window: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    geometry = Geometry(stride, padding, dilation, groups)
     dweight, dscores = _weight_grads_fake(grad, x, weight, words, needs)
-    _write_weight_grads(grad, x, weight, words, dscores, dweight, geometry, False)
+    _write_weight_grads(grad, x, weight, words, dscores, dweight, Geometry(*window), False)
     return dweight, dscores
 
 
@@ -313,18 +278,9 @@ def _weight_grads_fake(
 
 
 def _score_grad_kernel(
-    grad_scores: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    accumulate: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    grad_scores: Tensor, grad: Tensor, x: Tensor, weight: Tensor, accumulate: bool, *window: Any
 ) -> None:
-    geometry = Geometry(stride, padding, dilation, groups)
-    _write_weight_grads(grad, x, weight, None, grad_scores, None, geometry, accumulate)
+    _write_weight_grads(grad, x, weight, None, grad_scores, None, Geometry(*window), accumulate)
 
 
 def _write_weight_grads(
@@ -384,6 +340,7 @@ def _new_images(like: Tensor, size: Sequence[int], channels_last: bool) -> Tenso
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
+# As a schema spells a ``Geometry``.
 _WINDOW = "int[] stride, int[] padding, int[] dilation, int groups"
 register(
     f"masked_conv_fused(Tensor x, Tensor weight, Tensor words, Tensor? bias, {_WINDOW}) -> Tensor",

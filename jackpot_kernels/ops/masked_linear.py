@@ -89,7 +89,7 @@ def score_grad_(
 
 
 KERNELS = {"dense": _dense, "fused": _fused, "mixed": _dense}
-# That of a dense matmul is the library's own.
+# The backward pass of a dense matmul is the library's own.
 _BACKWARD_KERNELS = {"fused": _fused_backward, "mixed": _mixed_backward}
 
 
