@@ -81,7 +81,9 @@ def masked_linear_score_grad_(
         x: its input; the dtype of ``grad``.  # [..., K]
         weight: any floating dtype and strides.  # [M, K]
         accumulate: False writes the gradient over what is there.
-        backend: as of ``masked_linear``; the same sums every time, whichever it is.
+        backend: as of ``masked_linear``. Each sums in an order of its own, so two agree only up to rounding;
+            one repeats its bits, "fused" and "mixed" under one configuration of the tuning cache, the others
+            where the library's matmul does.
 
     Raises:
         TypeError, ValueError, RuntimeError: as of ``masked_linear``.

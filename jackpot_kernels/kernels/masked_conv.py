@@ -405,6 +405,10 @@ def depthwise_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Write BLOCK_M outputs at BLOCK_N positions.
+
+    y[f, p] = sum over t of (w * mask)[f, t] x[f // MULTIPLIER, p, t] + bias[f]
+    """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     i_o, i_p = tl.program_id(0) % tl.cdiv(F, BLOCK_M), tl.program_id(0) // tl.cdiv(F, BLOCK_M)
     o_o = i_o * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -465,6 +469,10 @@ def depthwise_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """Write BLOCK_M channels of the input's gradient at BLOCK_N places.
+
+    dx[c, q] = sum over f of c and t of (w * mask)[f, t] dy[f, p], where tap t of the window at p sees place q
+    """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     i_c, i_p = tl.program_id(0) % tl.cdiv(C, BLOCK_M), tl.program_id(0) // tl.cdiv(C, BLOCK_M)
     o_c = i_c * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -48,6 +48,10 @@ def masked_matmul_kernel(
     GROUP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    """Write a tile of ``y = x @ A.T + bias`` (Eq. 4); ``A = weight * mask``, transposed where TRANSPOSED.
+
+    Of SPLITS programs each writes the part that every SPLITS-th block of columns adds.
+    """
     i_p, i_n = grouped_tile(tl.program_id(0), tl.cdiv(P, BLOCK_P), tl.cdiv(N, BLOCK_N), GROUP)
     i_split = tl.program_id(1)
     o_p = i_p * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)

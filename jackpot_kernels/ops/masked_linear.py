@@ -78,7 +78,7 @@ def score_grad_(
     """Add the score gradient ``(grad.T @ x) * weight`` (Eq. 6, 18) to ``grad_scores``, or write it there."""
     if backend in ("fused", "mixed"):
         torch.ops.jackpot.masked_linear_fused_score_grad_(grad_scores, grad, x, weight, accumulate)
-        # Compiled operators leave this to their callers: autograd then notices a late backward pass.
+        # Nobody else counts what a Triton kernel writes; by the count autograd notices a late backward pass.
         torch.autograd.graph.increment_version(grad_scores)
         return
     grad_weight = grad.reshape(-1, weight.shape[0]).t() @ x.reshape(-1, weight.shape[1])  # [M, K]
