@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import jackpot_kernels as jk
 from jackpot_kernels import masked_conv2d, masked_conv2d_score_grad_, masked_conv3d, pack_mask, reference
 from jackpot_kernels.kernels import masked_conv as kernels
+from jackpot_kernels.kernels import masked_conv_depthwise as depthwise
+from jackpot_kernels.kernels.grad_tiles import split_sum
 from jackpot_kernels.kernels.masked_conv_boxes import box_of, is_boxed, is_large, num_boxes
 from jackpot_kernels.models import ResNet
 
@@ -313,11 +315,11 @@ def test_repeats_bit_for_bit(case):
 def test_sums_in_parts_have_parts():
     block = 32
     for places in (1, 127, 128, 129, 5000, 10**9):
-        num_parts, part = kernels._parts(places, 100, 3, block)
+        num_parts, part = split_sum(places, 100, 3, block)
         assert part % block == 0 and (num_parts - 1) * part < places <= num_parts * part
-    assert kernels._parts(3 * 12 * 13, 100, 1, block)[0] > 2
-    assert kernels._parts(0, 100, 1, block) == (1, block)
-    assert kernels._parts(10**6, 2**20, 1, block)[0] == 2
+    assert split_sum(3 * 12 * 13, 100, 1, block)[0] > 2
+    assert split_sum(0, 100, 1, block) == (1, block)
+    assert split_sum(10**6, 2**20, 1, block)[0] == 2
 
 
 @pytest.mark.parametrize("case", ["1d", "2d all", "wide 1x1", "depthwise"])
@@ -536,8 +538,8 @@ ERRORS = [
 
 @pytest.mark.parametrize("change, error, message", ERRORS, ids=[message for *_, message in ERRORS])
 def test_errors_come_before_any_launch(change, error, message, monkeypatch):
-    for kernel in ("conv_fwd_kernel", "depthwise_fwd_kernel"):
-        monkeypatch.setattr(kernels, kernel, None)
+    monkeypatch.setattr(kernels, "conv_fwd_kernel", None)
+    monkeypatch.setattr(depthwise, "depthwise_fwd_kernel", None)
     arguments = {name: ONES(6, 2, 3, 3) for name in ("weight", "scores")}
     arguments |= {"x": ONES(2, 4, 6, 6), "mask": ONES(6, 2, 3, 3).bool(), "bias": ONES(6), "groups": 2}
     with pytest.raises(error) as caught:

@@ -15,7 +15,7 @@ import tempfile
 from importlib import import_module
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = ("masked_linear", "masked_conv", "masked_conv_boxes")
+MODULES = ("masked_linear", "masked_conv", "masked_conv_boxes", "masked_conv_depthwise")
 TENSOR_CORE_INSTRUCTION = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma"
 SHARED_STORE = r"st\.shared(?!::cluster)|stmatrix"
 

@@ -1,4 +1,4 @@
-"""The masked convolution of two dimensions as implicit matmuls, and directly where it is depthwise.
+"""The masked convolution of two dimensions as implicit matmuls.
 
 With t a tap of the window, p a position of the output, and ``x[c, p, t]`` what tap t of the window at p sees
 of channel c, zero where that is padding:
@@ -11,6 +11,8 @@ The masked weight is the left operand of its products, which may come from regis
 takes one tap of BLOCK_K channels, or, FLAT, BLOCK_K pairs of channel and tap where channels are few. The mask
 is put into that order first, so that a step reads a word for 32 weights. Tensors have any strides; C inputs
 and F outputs are those of one group; offsets within an image or the weight fit in 32 bits.
+
+`masked_conv_boxes.py` competes where it can serve, and `masked_conv_depthwise.py` serves what is depthwise.
 """
 
 import math
@@ -24,33 +26,52 @@ import triton.language as tl
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import has_copy_engine, launching_on
+from jackpot_kernels.kernels.conv_places import (
+    LAYOUTS,
+    UNSPECIALIZED,
+    Geometry,
+    advanced,
+    is_scattered,
+    kernel_size,
+    num_tiles,
+    positions,
+    sizes,
+    variant,
+    window,
+)
 from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.grad_tiles import write_grads, write_tile
-from jackpot_kernels.kernels.mask_bits import bit_values, keep_bits, keep_tile, realign_kernel
+from jackpot_kernels.kernels.grad_tiles import (
+    SUM_BLOCK,
+    conv_sum_parts_kernel,
+    new_parts,
+    split_sum,
+    sum_parts_,
+    write_tile,
+)
+from jackpot_kernels.kernels.mask_bits import bit_values, keep_tile, realign_kernel
 from jackpot_kernels.kernels.masked_conv_boxes import (
     GRADS_CONFIGS,
     PRODUCT_CONFIGS,
-    Geometry,
-    box_of,
     boxable,
     boxed_conv_,
     boxed_conv_grads_,
     is_boxed,
     is_large,
-    num_boxes,
+)
+from jackpot_kernels.kernels.masked_conv_depthwise import (
+    depthwise_conv_,
+    depthwise_input_grad_,
+    depthwise_weight_grads_,
+    is_depthwise,
 )
 from jackpot_kernels.kernels.tuning import HOPPER, Config, Variant, choose, listed
-
-# What makes no better code where it is 1 or a multiple of 16: so a network needs fewer kernels compiled.
-_UNSPECIALIZED = ["N", "H", "W", "P", "Q", "pad_h", "pad_w", "part"]
-
 
 # What puts a place outside of every image, added or subtracted: a comparison less for each of them.
 FAR = tl.constexpr(-(2**31))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def conv_fwd_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
@@ -134,7 +155,7 @@ def conv_fwd_kernel(
         tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def conv_dx_kernel(
     dy_ptr,  # [N, groups * F, P, Q]
     w_ptr,  # [groups * F, C, KERNEL_H, KERNEL_W]
@@ -226,7 +247,7 @@ def conv_dx_kernel(
         tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def conv_weight_grads_kernel(
     dy_ptr,  # [N, groups * F, P, Q]
     x_ptr,  # [N, groups * C, H, W]
@@ -323,246 +344,6 @@ def conv_weight_grads_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["size", "num_parts"])
-def conv_sum_parts_kernel(
-    parts_ptr,  # [PARTS, F, C, KERNEL_H, KERNEL_W]
-    w_ptr,  # [F, C, KERNEL_H, KERNEL_W]
-    words_ptr,
-    dscores_ptr,
-    dweight_ptr,
-    size,
-    num_parts,
-    C,
-    stride_wo,
-    stride_wc,
-    stride_wr,
-    stride_ws,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    HAS_SCORES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the parts of G, always in the same order, and write what is made of it."""
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
-    b_g = tl.zeros([BLOCK], tl.float32)
-    for i in range(num_parts):
-        b_g += tl.load(parts_ptr + tl.cast(i, tl.int64) * size + index, mask=inside, other=0)
-    o, c, tap = index // (C * TAPS), index // TAPS % C, index % TAPS
-    o_w = o * stride_wo + c * stride_wc + tap // KERNEL_W * stride_wr + tap % KERNEL_W * stride_ws
-    write_grads(
-        b_g,
-        index,
-        o_w,
-        inside,
-        w_ptr,
-        words_ptr,
-        dscores_ptr,
-        dweight_ptr,
-        HAS_SCORES,
-        HAS_WEIGHT,
-        ACCUMULATE,
-    )
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def depthwise_fwd_kernel(
-    x_ptr,  # [N, F / MULTIPLIER, H, W]
-    w_ptr,  # [F, 1, KERNEL_H, KERNEL_W]
-    words_ptr,
-    bias_ptr,  # [F]
-    y_ptr,  # [N, F, P, Q]
-    N,
-    H,
-    W,
-    P,
-    Q,
-    F,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    stride_wo,
-    stride_wr,
-    stride_ws,
-    stride_yn,
-    stride_yo,
-    stride_yp,
-    stride_yq,
-    step_h,
-    step_w,
-    pad_h,
-    pad_w,
-    dilation_h,
-    dilation_w,
-    MULTIPLIER: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write BLOCK_M outputs at BLOCK_N positions.
-
-    y[f, p] = sum over t of (w * mask)[f, t] x[f // MULTIPLIER, p, t] + bias[f]
-    """
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    i_o, i_p = tl.program_id(0) % tl.cdiv(F, BLOCK_M), tl.program_id(0) // tl.cdiv(F, BLOCK_M)
-    o_o = i_o * BLOCK_M + tl.arange(0, BLOCK_M)
-    image, p, q = positions(i_p.to(tl.int64) * BLOCK_N, P, Q, BLOCK_N)
-    m_o, m_n = o_o < F, image < N
-    p_x = (x_ptr + image * stride_xn)[None, :] + (o_o // MULTIPLIER * stride_xc)[:, None]
-
-    b_y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tap in range(TAPS):
-        r, s = tap // KERNEL_W, tap % KERNEL_W
-        b_w = tl.load(w_ptr + o_o * stride_wo + (r * stride_wr + s * stride_ws), mask=m_o, other=0)
-        b_w = tl.where(keep_bits(words_ptr, o_o * TAPS + tap, m_o), b_w, 0).to(tl.float32)  # [BLOCK_M]
-        h, w = p * step_h - pad_h + r * dilation_h, q * step_w - pad_w + s * dilation_w
-        m_x = (h >= 0) & (h < H) & (w >= 0) & (w < W) & m_n
-        o_x = (h * stride_xh + w * stride_xw)[None, :]
-        b_x = tl.load(p_x + o_x, mask=m_o[:, None] & m_x[None, :], other=0)  # [BLOCK_M, BLOCK_N]
-        b_y += b_w[:, None] * b_x.to(tl.float32)
-
-    if HAS_BIAS:
-        b_y += tl.load(bias_ptr + o_o, mask=m_o, other=0).to(tl.float32)[:, None]
-    o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
-    p_y = (y_ptr + image * stride_yn)[None, :] + o_y
-    tl.store(p_y, b_y.to(y_ptr.dtype.element_ty), mask=m_o[:, None] & m_n[None, :])
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def depthwise_dx_kernel(
-    dy_ptr,  # [N, C * MULTIPLIER, P, Q]
-    w_ptr,  # [C * MULTIPLIER, 1, KERNEL_H, KERNEL_W]
-    words_ptr,
-    dx_ptr,  # [N, C, H, W]
-    N,
-    H,
-    W,
-    P,
-    Q,
-    C,
-    stride_yn,
-    stride_yo,
-    stride_yp,
-    stride_yq,
-    stride_wo,
-    stride_wr,
-    stride_ws,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    step_h,
-    step_w,
-    pad_h,
-    pad_w,
-    dilation_h,
-    dilation_w,
-    MULTIPLIER: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write BLOCK_M channels of the input's gradient at BLOCK_N places.
-
-    dx[c, q] = sum over f of c and t of (w * mask)[f, t] dy[f, p], where tap t of the window at p sees place q
-    """
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    i_c, i_p = tl.program_id(0) % tl.cdiv(C, BLOCK_M), tl.program_id(0) // tl.cdiv(C, BLOCK_M)
-    o_c = i_c * BLOCK_M + tl.arange(0, BLOCK_M)
-    image, h, w = positions(i_p.to(tl.int64) * BLOCK_N, H, W, BLOCK_N)
-    m_c, m_n = o_c < C, image < N
-    p_dy = (dy_ptr + image * stride_yn)[None, :]
-
-    b_dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in range(MULTIPLIER * TAPS):
-        o_o, tap = o_c * MULTIPLIER + i // TAPS, i % TAPS
-        r, s = tap // KERNEL_W, tap % KERNEL_W
-        b_w = tl.load(w_ptr + o_o * stride_wo + (r * stride_wr + s * stride_ws), mask=m_c, other=0)
-        b_w = tl.where(keep_bits(words_ptr, o_o * TAPS + tap, m_c), b_w, 0).to(tl.float32)  # [BLOCK_M]
-        p, q = h + pad_h - r * dilation_h, w + pad_w - s * dilation_w
-        m_y = (
-            (p >= 0) & (p < P * step_h) & (p % step_h == 0) & (q >= 0) & (q < Q * step_w) & (q % step_w == 0)
-        )
-        o_y = (o_o * stride_yo)[:, None] + (p // step_h * stride_yp + q // step_w * stride_yq)[None, :]
-        b_dy = tl.load(p_dy + o_y, mask=m_c[:, None] & (m_y & m_n)[None, :], other=0)  # [BLOCK_M, BLOCK_N]
-        b_dx += b_w[:, None] * b_dy.to(tl.float32)
-
-    o_x = (o_c * stride_xc)[:, None] + (h * stride_xh + w * stride_xw)[None, :]
-    p_dx = (dx_ptr + image * stride_xn)[None, :] + o_x
-    tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m_c[:, None] & m_n[None, :])
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def depthwise_weight_grads_kernel(
-    dy_ptr,  # [N, F, P, Q]
-    x_ptr,  # [N, F / MULTIPLIER, H, W]
-    parts_ptr,  # [PARTS, F, KERNEL_H, KERNEL_W], float32
-    N,
-    H,
-    W,
-    P,
-    Q,
-    F,
-    stride_yn,
-    stride_yo,
-    stride_yp,
-    stride_yq,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    step_h,
-    step_w,
-    pad_h,
-    pad_w,
-    dilation_h,
-    dilation_w,
-    part,
-    MULTIPLIER: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Write a part of G, summed over ``part`` positions, for BLOCK_M channels and BLOCK_N taps.
-
-    The positions of a block are added up after the loop, so that nothing crosses threads in it.
-    """
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    i_o, i_tap = tl.program_id(0) % tl.cdiv(F, BLOCK_M), tl.program_id(0) // tl.cdiv(F, BLOCK_M)
-    i_part = tl.program_id(1).to(tl.int64)
-    o_o, tap = i_o * BLOCK_M + tl.arange(0, BLOCK_M), i_tap * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_o, m_tap = o_o < F, tap < TAPS
-    image, p, q = positions(i_part * part, P, Q, BLOCK_K)
-    o_channel = (o_o // MULTIPLIER * stride_xc)[:, None, None]
-
-    b_g = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_K], tl.float32)
-    for _ in range(part // BLOCK_K):
-        m_n = image < N
-        o_y = (o_o * stride_yo)[:, None] + (p * stride_yp + q * stride_yq)[None, :]
-        p_dy = (dy_ptr + image * stride_yn)[None, :] + o_y
-        b_dy = tl.load(p_dy, mask=m_o[:, None] & m_n[None, :], other=0)  # [BLOCK_M, BLOCK_K]
-        h = (p * step_h - pad_h)[None, :] + (tap // KERNEL_W * dilation_h)[:, None]
-        w = (q * step_w - pad_w)[None, :] + (tap % KERNEL_W * dilation_w)[:, None]
-        m_x = (h >= 0) & (h < H) & (w >= 0) & (w < W) & m_n[None, :] & m_tap[:, None]
-        p_x = (x_ptr + image * stride_xn)[None, None, :] + (h * stride_xh + w * stride_xw)[None, :, :]
-        b_x = tl.load(p_x + o_channel, mask=m_o[:, None, None] & m_x[None, :, :], other=0)
-        b_g += b_dy.to(tl.float32)[:, None, :] * b_x.to(tl.float32)
-        image, p, q = advanced(image, p, q, P, Q, BLOCK_K)
-
-    index = (o_o * TAPS)[:, None] + tap[None, :]
-    p_parts = parts_ptr + i_part * (F * TAPS) + index
-    tl.store(p_parts, tl.sum(b_g, 2), mask=m_o[:, None] & m_tap[None, :])
-
-
 @triton.jit
 def within(index, size):
     """Tell where ``0 <= index < size``, in one comparison."""
@@ -573,29 +354,6 @@ def within(index, size):
 def offset(row, column, stride_row, stride_column):
     """Return an offset of 64 bits: a place in the padding can be far from the image."""
     return row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
-
-
-@triton.jit
-def positions(first, height, width, BLOCK: tl.constexpr):
-    """Return image, row and column of BLOCK positions, which are counted through all images."""
-    o_p = first + tl.arange(0, BLOCK)
-    image = o_p // (height * width)
-    within = (o_p - image * (height * width)).to(tl.int32)
-    return image, within // width, within % width
-
-
-@triton.jit
-def advanced(image, row, column, height, width, BLOCK: tl.constexpr):
-    """Return the positions BLOCK further on; carries cost less than the divisions of ``positions``."""
-    rows = BLOCK // width
-    column += BLOCK % width
-    carry = (column >= width).to(tl.int32)
-    column -= carry * width
-    row += rows % height + carry
-    carry = (row >= height).to(tl.int32)
-    row -= carry * height
-    image += rows // height + carry
-    return image, row, column
 
 
 @triton.jit
@@ -632,12 +390,6 @@ def taps_that_see(place, step, dilation, KERNEL: tl.constexpr):
 
 # Fewer channels than this leave most of a step empty that takes them for one tap.
 _FEW_CHANNELS = 16
-# Sums over positions are split until so many programs share them: two for each multiprocessor of an H200.
-_PROGRAMS = 264
-# Elements of all parts of a sum: memory is what these kernels save.
-_MOST_PARTS = 2**21
-# Blocks of positions that a part of a sum has at least.
-_LEAST_BLOCKS = 4
 # Words that a program realigns.
 _REALIGN_BLOCK = 32
 
@@ -680,12 +432,6 @@ WEIGHT_CONFIGS = {
     "tf32 scattered": [_config(64, 64, 32, 8, 2)],
     "ieee": [_config(32, 32, 32, 4, 3)],
 }
-# Blocks that follow memory: along the channels, or, where these are scattered, along the places of an image.
-DEPTHWISE_CONFIGS = {
-    False: Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3),
-    True: Config({"BLOCK_M": 4, "BLOCK_N": 256}, 4, 3),
-}
-DEPTHWISE_WEIGHT_CONFIGS = {False: _config(32, 16, 8, 4, 3), True: _config(2, 16, 128, 8, 3)}
 
 
 def masked_conv_(
@@ -703,65 +449,59 @@ def masked_conv_(
     if y.numel() == 0:
         return
     _require_short_offsets(weight, x, y)
-    groups, inputs, outputs = _channels(weight, geometry)
-    num_places = y.numel() // y.shape[1]
-    flat = inputs < _FEW_CHANNELS
-
-    def run_depthwise(config: Config) -> None:
-        depthwise_fwd_kernel[(_tiles(groups * outputs, num_places, config),)](
-            x,
-            weight,
-            words,
-            bias,
-            y,
-            *_sizes(x, y),
-            groups * outputs,
-            *x.stride(),
-            *_strides_without_channel(weight),
-            *y.stride(),
-            *_window(geometry),
-            MULTIPLIER=outputs,
-            **_kernel_size(weight),
-            HAS_BIAS=bias is not None,
-            **config.options,
-        )
-
-    def run(config: Config) -> None:
-        if is_boxed(config):
-            boxed_conv_(y, x, weight, words, bias, geometry, False, config)
-            return
-        rows = _rows(y, groups)
-        conv_fwd_kernel[(_tiles(outputs, num_places, config), groups)](
-            x,
-            weight,
-            words,
-            bias,
-            y if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
-            *_sizes(x, y),
-            inputs,
-            outputs,
-            *x.stride(),
-            *weight.stride(),
-            *y.stride(),
-            *_window(geometry),
-            **_kernel_size(weight),
-            FLAT=flat,
-            DESCRIPTOR=rows is not None,
-            HAS_BIAS=bias is not None,
-            PRECISION=_precision(x),
-            **config.options,
-        )
-
     bias = None if bias is None else bias.contiguous()
     with launching_on(x.device):
-        if _is_depthwise(weight, groups):
-            run_depthwise(DEPTHWISE_CONFIGS[_is_scattered((groups,), x, y)])
+        if is_depthwise(weight, geometry):
+            depthwise_conv_(y, x, weight, words, bias, geometry)
             return
+        _, inputs, outputs = _channels(weight, geometry)
+        flat = inputs < _FEW_CHANNELS
         words = _realigned(words, weight, flat)
-        configs = _pick(FORWARD_CONFIGS, x, flat or _is_scattered((inputs, outputs), x, weight))
+        configs = _pick(FORWARD_CONFIGS, x, flat or is_scattered((inputs, outputs), x, weight))
         if not flat and boxable(x, weight, geometry, x, weight, y):
             configs = configs + PRODUCT_CONFIGS
+
+        def run(config: Config) -> None:
+            if is_boxed(config):
+                boxed_conv_(y, x, weight, words, bias, geometry, False, config)
+            else:
+                _conv_(y, x, weight, words, bias, geometry, config)
+
         run(choose("masked_conv", _key(x, y, weight, geometry, configs), configs, run))
+
+
+def _conv_(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    config: Config,
+) -> None:
+    """Do what ``masked_conv_`` does, in one configuration."""
+    groups, inputs, outputs = _channels(weight, geometry)
+    rows = _rows(y, groups)
+    conv_fwd_kernel[(num_tiles(outputs, y.numel() // y.shape[1], config), groups)](
+        x,
+        weight,
+        words,
+        bias,
+        y if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
+        *sizes(x, y),
+        inputs,
+        outputs,
+        *x.stride(),
+        *weight.stride(),
+        *y.stride(),
+        *window(geometry),
+        **kernel_size(weight),
+        FLAT=inputs < _FEW_CHANNELS,
+        DESCRIPTOR=rows is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION=_precision(x),
+        **config.options,
+    )
 
 
 def masked_conv_input_grad_(
@@ -778,64 +518,55 @@ def masked_conv_input_grad_(
     if dx.numel() == 0:
         return
     _require_short_offsets(weight, dx, grad)
+    with launching_on(grad.device):
+        if is_depthwise(weight, geometry):
+            depthwise_input_grad_(dx, grad, weight, words, geometry)
+            return
+        _, inputs, outputs = _channels(weight, geometry)
+        flat = outputs < _FEW_CHANNELS
+        words = _realigned(words, weight, False)
+        configs = _pick(INPUT_CONFIGS, grad, flat or is_scattered((inputs, outputs), grad, weight))
+        if not flat and boxable(dx, weight, geometry, grad, weight, dx):
+            configs = configs + PRODUCT_CONFIGS
+
+        def run(config: Config) -> None:
+            if is_boxed(config):
+                boxed_conv_(dx, grad, weight, words, None, geometry, True, config)
+            else:
+                _conv_input_grad_(dx, grad, weight, words, geometry, config)
+
+        run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry, configs), configs, run))
+
+
+def _conv_input_grad_(
+    dx: Tensor, grad: Tensor, weight: Tensor, words: Tensor, geometry: Geometry, config: Config
+) -> None:
+    """Do what ``masked_conv_input_grad_`` does, in one configuration."""
     groups, inputs, outputs = _channels(weight, geometry)
     num_images, _, height, width = dx.shape
     stride, _, dilation, _ = geometry
-    flat = outputs < _FEW_CHANNELS
-
-    def run_depthwise(config: Config) -> None:
-        depthwise_dx_kernel[(_tiles(groups, num_images * height * width, config),)](
-            grad,
-            weight,
-            words,
-            dx,
-            *_sizes(dx, grad),
-            groups,
-            *grad.stride(),
-            *_strides_without_channel(weight),
-            *dx.stride(),
-            *_window(geometry),
-            MULTIPLIER=outputs,
-            **_kernel_size(weight),
-            **config.options,
-        )
-
-    def run(config: Config) -> None:
-        if is_boxed(config):
-            boxed_conv_(dx, grad, weight, words, None, geometry, True, config)
-            return
-        rows = _rows(dx, groups) if math.prod(stride) == 1 else None
-        # Places that are equal modulo the strides are the business of one program.
-        places = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
-        conv_dx_kernel[(_tiles(inputs, places, config), groups, math.prod(stride))](
-            grad,
-            weight,
-            words,
-            dx if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
-            *_sizes(dx, grad),
-            inputs,
-            outputs,
-            *grad.stride(),
-            *weight.stride(),
-            *dx.stride(),
-            *_window(geometry),
-            *(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
-            **_kernel_size(weight),
-            FLAT=flat,
-            DESCRIPTOR=rows is not None,
-            PRECISION=_precision(grad),
-            **config.options,
-        )
-
-    with launching_on(grad.device):
-        if _is_depthwise(weight, groups):
-            run_depthwise(DEPTHWISE_CONFIGS[_is_scattered((groups,), grad, dx)])
-            return
-        words = _realigned(words, weight, False)
-        configs = _pick(INPUT_CONFIGS, grad, flat or _is_scattered((inputs, outputs), grad, weight))
-        if not flat and boxable(dx, weight, geometry, grad, weight, dx):
-            configs = configs + PRODUCT_CONFIGS
-        run(choose("masked_conv_input_grad", _key(dx, grad, weight, geometry, configs), configs, run))
+    rows = _rows(dx, groups) if math.prod(stride) == 1 else None
+    # Places that are equal modulo the strides are the business of one program.
+    places = num_images * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
+    conv_dx_kernel[(num_tiles(inputs, places, config), groups, math.prod(stride))](
+        grad,
+        weight,
+        words,
+        dx if rows is None else describe(rows, config.values["BLOCK_N"], config.values["BLOCK_M"]),
+        *sizes(dx, grad),
+        inputs,
+        outputs,
+        *grad.stride(),
+        *weight.stride(),
+        *dx.stride(),
+        *window(geometry),
+        *(s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)),
+        **kernel_size(weight),
+        FLAT=outputs < _FEW_CHANNELS,
+        DESCRIPTOR=rows is not None,
+        PRECISION=_precision(grad),
+        **config.options,
+    )
 
 
 def masked_conv_weight_grads_(
@@ -864,114 +595,76 @@ def masked_conv_weight_grads_(
         accumulate: add to ``dscores`` what is otherwise written to it.
     """
     _require_short_offsets(weight, x, grad)
-    groups, inputs, outputs = _channels(weight, geometry)
-    num_places = grad.numel() // grad.shape[1]
-    flat = inputs < _FEW_CHANNELS
-    num_taps = weight.shape[2] * weight.shape[3]
-
-    def sum_parts(parts: Tensor, dscores: Tensor | None, accumulate: bool) -> None:
-        conv_sum_parts_kernel[(triton.cdiv(weight.numel(), 1024),)](
-            parts,
-            weight,
-            words,
-            dscores,
-            dweight,
-            weight.numel(),
-            len(parts),
-            inputs,
-            *weight.stride(),
-            **_kernel_size(weight),
-            HAS_SCORES=dscores is not None,
-            HAS_WEIGHT=dweight is not None,
-            ACCUMULATE=accumulate,
-            BLOCK=1024,
-        )
-
-    def run_depthwise(config: Config) -> None:
-        tiles = _tiles(groups * outputs, num_taps, config)
-        num_parts, part = _parts(num_places, weight.numel(), tiles, config.values["BLOCK_K"])
-        parts = x.new_empty(num_parts, weight.numel(), dtype=torch.float32)
-        depthwise_weight_grads_kernel[(tiles, num_parts)](
-            grad,
-            x,
-            parts,
-            *_sizes(x, grad),
-            groups * outputs,
-            *grad.stride(),
-            *x.stride(),
-            *_window(geometry),
-            part,
-            MULTIPLIER=outputs,
-            **_kernel_size(weight),
-            **config.options,
-        )
-        sum_parts(parts, dscores, accumulate)
-
-    def new_parts(num_parts: int) -> Tensor | None:
-        return x.new_empty(num_parts, weight.numel(), dtype=torch.float32) if num_parts > 1 else None
-
-    def run_boxed(config: Config, dscores: Tensor | None, accumulate: bool) -> Tensor | None:
-        size = grad.shape[0], *grad.shape[2:]
-        boxes = num_boxes(size, box_of(*size, config.values["PLACES"], whole=True))
-        num_parts, part = _parts(boxes, weight.numel(), _tiles(outputs, inputs, config) * num_taps, 1)
-        parts = new_parts(num_parts)
-        of_g = (dscores, dweight, parts, part)
-        boxed_conv_grads_(grad, x, weight, words, *of_g, geometry, accumulate, config)
-        return parts
-
-    def run_unboxed(config: Config, dscores: Tensor | None, accumulate: bool) -> Tensor | None:
-        tiles = _tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
-        num_parts, part = _parts(num_places, weight.numel(), tiles * groups, config.values["BLOCK_K"])
-        parts = new_parts(num_parts)
-        conv_weight_grads_kernel[(tiles, groups, num_parts)](
-            grad,
-            x,
-            weight,
-            words,
-            dscores,
-            dweight,
-            parts,
-            *_sizes(x, grad),
-            inputs,
-            outputs,
-            groups,
-            *grad.stride(),
-            *x.stride(),
-            *weight.stride(),
-            *_window(geometry),
-            part,
-            **_kernel_size(weight),
-            FLAT=flat,
-            HAS_SCORES=dscores is not None,
-            HAS_WEIGHT=dweight is not None,
-            HAS_PARTS=parts is not None,
-            ACCUMULATE=accumulate,
-            PRECISION=_precision(x),
-            **config.options,
-        )
-        return parts
-
-    def run(config: Config, dscores: Tensor | None, accumulate: bool) -> None:
-        launch = run_boxed if is_boxed(config) else run_unboxed
-        parts = launch(config, dscores, accumulate)
-        if parts is not None:
-            sum_parts(parts, dscores, accumulate)
-
-    def rehearse(config: Config) -> None:
-        """Add to scores that nobody needs."""
-        run(config, torch.empty_like(dscores) if accumulate and dscores is not None else dscores, accumulate)
-
     with launching_on(x.device):
-        if _is_depthwise(weight, groups):
-            run_depthwise(DEPTHWISE_WEIGHT_CONFIGS[_is_scattered((groups,), grad, x)])
+        if is_depthwise(weight, geometry):
+            depthwise_weight_grads_(grad, x, weight, words, dscores, dweight, geometry, accumulate)
             return
-        configs = _pick(WEIGHT_CONFIGS, x, flat or _is_scattered((inputs, outputs), grad, x))
+        _, inputs, outputs = _channels(weight, geometry)
+        flat = inputs < _FEW_CHANNELS
+        configs = _pick(WEIGHT_CONFIGS, x, flat or is_scattered((inputs, outputs), grad, x))
         if not flat and boxable(x, weight, geometry, grad, x):
             configs = configs + GRADS_CONFIGS
         if dweight is not None:
             configs = [config for config in configs if not is_large(config)]
+
+        def run(dscores: Tensor | None, config: Config) -> None:
+            launch = boxed_conv_grads_ if is_boxed(config) else _conv_weight_grads_
+            launch(grad, x, weight, words, dscores, dweight, geometry, accumulate, config)
+
+        def rehearse(config: Config) -> None:
+            """Add to scores that nobody needs."""
+            run(torch.empty_like(dscores) if accumulate and dscores is not None else dscores, config)
+
         key = (*_key(x, grad, weight, geometry, configs), accumulate, dweight is not None)
-        run(choose("masked_conv_weight_grads", key, configs, rehearse), dscores, accumulate)
+        run(dscores, choose("masked_conv_weight_grads", key, configs, rehearse))
+
+
+def _conv_weight_grads_(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    words: Tensor | None,
+    dscores: Tensor | None,
+    dweight: Tensor | None,
+    geometry: Geometry,
+    accumulate: bool,
+    config: Config,
+) -> None:
+    """Do what ``masked_conv_weight_grads_`` does, in one configuration."""
+    groups, inputs, outputs = _channels(weight, geometry)
+    flat, num_taps = inputs < _FEW_CHANNELS, weight.shape[2] * weight.shape[3]
+    tiles = num_tiles(outputs, inputs * num_taps if flat else inputs, config) * (1 if flat else num_taps)
+    num_places = grad.numel() // grad.shape[1]
+    num_parts, part = split_sum(num_places, weight.numel(), tiles * groups, config.values["BLOCK_K"])
+    parts = new_parts(num_parts, weight) if num_parts > 1 else None
+    conv_weight_grads_kernel[(tiles, groups, num_parts)](
+        grad,
+        x,
+        weight,
+        words,
+        dscores,
+        dweight,
+        parts,
+        *sizes(x, grad),
+        inputs,
+        outputs,
+        groups,
+        *grad.stride(),
+        *x.stride(),
+        *weight.stride(),
+        *window(geometry),
+        part,
+        **kernel_size(weight),
+        FLAT=flat,
+        HAS_SCORES=dscores is not None,
+        HAS_WEIGHT=dweight is not None,
+        HAS_PARTS=parts is not None,
+        ACCUMULATE=accumulate,
+        PRECISION=_precision(x),
+        **config.options,
+    )
+    if parts is not None:
+        sum_parts_(parts, weight, words, dscores, dweight, accumulate)
 
 
 def _require_short_offsets(weight: Tensor, *images: Tensor) -> None:
@@ -1010,18 +703,6 @@ def _realigned(words: Tensor, weight: Tensor, flat: bool) -> Tensor:
     return realigned
 
 
-def _is_depthwise(weight: Tensor, groups: int) -> bool:
-    return weight.shape[1] == 1 and groups > 1
-
-
-def _is_scattered(channels: tuple[int, ...], *tensors: Tensor) -> bool:
-    """Tell whether the kernel cannot copy 16 bytes of channels at a time."""
-    return any(count % 16 for count in channels) or any(
-        t.stride(1) != 1 or t.data_ptr() % 16 != 0 or any(s % 16 for s in (t.stride(0), *t.stride()[2:]))
-        for t in tensors
-    )
-
-
 def _precision(x: Tensor) -> str:
     """Return how float32 is multiplied, as PyTorch is told to; other dtypes have one way only."""
     told: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
@@ -1050,53 +731,18 @@ def _rows(images: Tensor, groups: int) -> Tensor | None:
     return rows if has_whole_rows(rows) and len(rows) < 2**31 else None
 
 
-def _tiles(rows: int, columns: int, config: Config) -> int:
-    """Return how many blocks of BLOCK_M rows and BLOCK_N columns there are."""
-    return int(triton.cdiv(rows, config.values["BLOCK_M"]) * triton.cdiv(columns, config.values["BLOCK_N"]))
-
-
-def _parts(num_places: int, num_weights: int, num_tiles: int, block: int) -> tuple[int, int]:
-    """Return into how many parts a sum over places is split, and how many places a part has.
-
-    A part is a number of blocks of places.
-    """
-    blocks = max(1, triton.cdiv(num_places, block))
-    fitting = max(1, min(_PROGRAMS // num_tiles, _MOST_PARTS // num_weights))
-    wanted = min(fitting, triton.cdiv(blocks, _LEAST_BLOCKS))
-    part = triton.cdiv(blocks, wanted)
-    return int(triton.cdiv(blocks, part)), int(part * block)
-
-
-def _sizes(x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """Return the number of images, and the sizes of an image before and after the convolution."""
-    return x.shape[0], *x.shape[2:], *y.shape[2:]
-
-
-def _window(geometry: Geometry) -> tuple[int, ...]:
-    stride, padding, dilation, _ = geometry
-    return (*stride, *padding, *dilation)
-
-
-def _kernel_size(weight: Tensor) -> dict[str, int]:
-    return {"KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3]}
-
-
-def _strides_without_channel(weight: Tensor) -> tuple[int, int, int]:
-    return weight.stride(0), weight.stride(2), weight.stride(3)
-
-
 def _key(x: Tensor, y: Tensor, weight: Tensor, geometry: Geometry, configs: list[Config]) -> tuple[Any, ...]:
     """Return what a choice depends on: dtypes, sizes, which dimension of the tensors is dense, and how many
     configurations serve them."""
     orders = tuple(t.stride(1) == 1 for t in (x, y, weight))
     num_images = 1 << max(x.shape[0] - 1, 0).bit_length()
-    shapes = (num_images, *_sizes(x, y)[1:], *weight.shape)
+    shapes = (num_images, *sizes(x, y)[1:], *weight.shape)
     return (
         x.dtype,
         weight.dtype,
         _precision(x),
         *shapes,
-        *_window(geometry),
+        *window(geometry),
         geometry[3],
         *orders,
         len(configs),
@@ -1111,29 +757,23 @@ def variants() -> Iterator[Variant]:
         (conv_dx_kernel, INPUT_CONFIGS, {"every_h": 1, "every_w": 1, "DESCRIPTOR": False}),
         (conv_weight_grads_kernel, WEIGHT_CONFIGS, grads),
     ):
-        for kind, (layout, scattered) in product(("half", "tf32", "ieee"), _LAYOUTS.items()):
+        for kind, (layout, scattered) in product(("half", "tf32", "ieee"), LAYOUTS.items()):
             of_kind = {"PRECISION": "ieee" if kind == "ieee" else "tf32", "FLAT": layout == "few channels"}
             listed_as = _listed_as(kind, scattered)
             for hopper in (False, True):
                 for config in table.get(listed_as + HOPPER * hopper, []):
-                    yield _variant(kernel, kind, layout, constants | of_kind, config, hopper)
+                    yield variant(kernel, kind, layout, constants | of_kind, config, hopper)
                     best = hopper or listed_as + HOPPER not in table
                     if kind == "half" and best and kernel in _WRITTEN:
                         described = constants | of_kind | {"DESCRIPTOR": True}
-                        yield _variant(kernel, kind, layout, described, config, hopper=True)
+                        yield variant(kernel, kind, layout, described, config, True, _WRITTEN[kernel])
                     if kernel is conv_weight_grads_kernel and not is_large(config):
                         both = constants | of_kind | {"HAS_WEIGHT": True}
-                        yield _variant(kernel, kind, layout, both, config, hopper)
-    for layout in ("channels_last", "scattered"):
-        constants = {"MULTIPLIER": 1}
-        with_bias = constants | {"HAS_BIAS": True}
-        config = DEPTHWISE_CONFIGS[_LAYOUTS[layout]]
-        yield _variant(depthwise_fwd_kernel, "half", layout, with_bias, config)
-        yield _variant(depthwise_dx_kernel, "half", layout, constants, config)
-        config = DEPTHWISE_WEIGHT_CONFIGS[_LAYOUTS[layout]]
-        yield _variant(depthwise_weight_grads_kernel, "half", layout, constants, config)
+                        yield variant(kernel, kind, layout, both, config, hopper)
     constants = {"HAS_SCORES": True, "HAS_WEIGHT": True, "ACCUMULATE": True}
-    yield _variant(conv_sum_parts_kernel, "half", "channels_last", constants, Config({"BLOCK": 1024}, 4, 3))
+    yield variant(
+        conv_sum_parts_kernel, "half", "channels_last", constants, Config({"BLOCK": SUM_BLOCK}, 4, 3)
+    )
     types = {"words_ptr": "*i32", "realigned_ptr": "*i32", "TAPS": "constexpr", "BLOCK": "constexpr"}
     signature = {name: types.get(name, "i32") for name in realign_kernel.arg_names}
     constants = {"TAPS": 9, "BLOCK": _REALIGN_BLOCK}
@@ -1142,37 +782,3 @@ def variants() -> Iterator[Variant]:
 
 # What a descriptor may describe.
 _WRITTEN = {conv_fwd_kernel: "y_ptr", conv_dx_kernel: "dx_ptr"}
-# Whether the channels of a layout are scattered, at least for the kernels.
-_LAYOUTS = {"channels_last": False, "scattered": True, "few channels": True}
-
-
-def _variant(
-    kernel: Any, kind: str, layout: str, constants: dict[str, Any], config: Config, hopper: bool = False
-) -> Variant:
-    """Return a variant whose steps are 1, and whose channels, or else columns, are next to each other."""
-    names, scattered = kernel.arg_names, _LAYOUTS[layout]
-    dense = ("xw", "ws", "yq") if scattered else ("xc", "wc", "yo")
-    ones = ["step_h", "step_w", "dilation_h", "dilation_w", *(f"stride_{dimension}" for dimension in dense)]
-    constants = constants | {"KERNEL_H": 3, "KERNEL_W": 3} | {name: 1 for name in ones if name in names}
-    types = {"words_ptr": "*i32", "dscores_ptr": "*fp32", "parts_ptr": "*fp32"}
-    types |= dict.fromkeys(constants | config.values, "constexpr")
-    element = "bf16" if kind == "half" else "fp32"
-    signature = {name: types.get(name, f"*{element}" if name.endswith("_ptr") else "i32") for name in names}
-    block, described = config.values, constants.get("DESCRIPTOR")
-    if described:
-        signature[_WRITTEN[kernel]] = f"tensordesc<{element}[{block['BLOCK_N']}, {block['BLOCK_M']}]>"
-    pointers = tuple(name for name in names if signature[name].startswith("*"))
-    numbers = tuple(name for name in names if name.startswith(("stride", *"CF")) and signature[name] == "i32")
-    sizes = "x".join(map(str, block.values()))
-    problem = f"{kind}, {layout}{HOPPER * hopper}{', descriptor' if described else ''}"
-    problem += ", and of the weight" if constants.get("HAS_WEIGHT") else ""
-    return Variant(
-        f"{kernel.__name__}, {problem}, {sizes}, {config.num_warps} warps, {config.num_stages} stages",
-        kernel,
-        signature,
-        constants,
-        config,
-        pointers if scattered else pointers + numbers,
-        tensor_cores="PRECISION" in constants and constants["PRECISION"] != "ieee",
-        minimum_architecture=90 if hopper else 80,
-    )

@@ -17,14 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from jackpot_kernels.kernels.availability import has_copy_engine
+from jackpot_kernels.kernels.conv_places import Geometry, num_tiles
 from jackpot_kernels.kernels.descriptors import describe, has_whole_rows
 from jackpot_kernels.kernels.dot import dot
-from jackpot_kernels.kernels.grad_tiles import write_tile
+from jackpot_kernels.kernels.grad_tiles import new_parts, split_sum, sum_parts_, write_tile
 from jackpot_kernels.kernels.mask_bits import bit_values, keep_tile
 from jackpot_kernels.kernels.tuning import Config, Variant
-
-# Stride, padding and dilation, each of rows and columns, and groups.
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 # What makes no better code where it is 1 or a multiple of 16.
 _UNSPECIALIZED = ["P", "Q", "first_h", "first_w", "apart_h", "apart_w", "part"]
@@ -299,18 +297,19 @@ def boxed_conv_grads_(
     words: Tensor | None,
     dscores: Tensor | None,
     dweight: Tensor | None,
-    parts: Tensor | None,
-    part: int,
     geometry: Geometry,
     accumulate: bool,
     config: Config,
 ) -> None:
-    """Write what is made of G, or G summed over ``part`` boxes to each of ``parts``."""
+    """Do what ``masked_conv_weight_grads_`` does, in one configuration."""
     block = config.values
-    box = box_of(grad.shape[0], *grad.shape[2:], block["PLACES"], whole=True)
+    size = grad.shape[0], *grad.shape[2:]
+    box = box_of(*size, block["PLACES"], whole=True)
     outputs, inputs, *kernel_size = weight.shape
-    tiles = triton.cdiv(outputs, block["BLOCK_M"]) * triton.cdiv(inputs, block["BLOCK_N"])
-    boxed_conv_grads_kernel[(tiles * math.prod(kernel_size), 1 if parts is None else len(parts))](
+    tiles = num_tiles(outputs, inputs, config) * math.prod(kernel_size)
+    num_parts, part = split_sum(num_boxes(size, box), weight.numel(), tiles, 1)
+    parts = new_parts(num_parts, weight) if num_parts > 1 else None
+    boxed_conv_grads_kernel[(tiles, num_parts)](
         describe(_planes(grad), *box, block["BLOCK_M"]),
         describe(_seen(_planes(x), geometry), *box, block["BLOCK_N"]),
         weight,
@@ -331,6 +330,8 @@ def boxed_conv_grads_(
         ACCUMULATE=accumulate,
         **config.options,
     )
+    if parts is not None:
+        sum_parts_(parts, weight, words, dscores, dweight, accumulate)
 
 
 def variants() -> Iterator[Variant]:
