@@ -46,6 +46,9 @@ JACKPOT_HOST_DEVICE static inline float score_of(uint64_t rank) {
   return bits_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// Which of the weights that cross the threshold swap.
+enum class Pairs : uint8_t { kBest, kInverse, kRandom };
+
 // Random pairs swap in the order of this hash of (seed, step, position); distinct positions have distinct
 // hashes.
 JACKPOT_HOST_DEVICE static inline uint64_t pair_hash(uint64_t seed, uint64_t step, uint32_t position) {

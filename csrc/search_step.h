@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "order.h"
+
 namespace jackpot {
 
 using torch::stable::Tensor;
@@ -27,6 +29,13 @@ struct Search {
   int64_t seed;
   std::optional<Tensor> workspace;
 };
+
+inline Pairs pairs_named(const std::string& name) {
+  if (name == "best") return Pairs::kBest;
+  if (name == "inverse") return Pairs::kInverse;
+  STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
+  return Pairs::kRandom;
+}
 
 // On the device of the library.
 void search_step(const Search& search, const Tensors& grads, const std::optional<Tensor>& found_inf);

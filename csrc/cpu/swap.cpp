@@ -8,7 +8,7 @@
 #include <limits>
 #include <memory>
 
-#include "../order.h"
+#include "../search_step.h"
 #include "parallel.h"
 #include "rank_select.h"
 
@@ -91,12 +91,8 @@ bool exchange_candidates(const SegmentRecord& record, const Candidates& candidat
   if (exchange.entered > counts.pruned_out || exchange.left > counts.kept_out) return false;
   first_ranks(pruned, exchange.entered, counts.pruned_out, std::greater<uint64_t>());
   first_ranks(kept, exchange.left, counts.kept_out, std::less<uint64_t>());
-  const float highest_from =
-      window.pruned_low <= window.high ? std::min(window.pruned_low, window.low) : window.pruned_low;
-  const float lowest_until =
-      window.kept_high >= window.low ? std::max(window.kept_high, window.high) : window.kept_high;
-  if (exchange.entered && key_of(pruned[exchange.entered - 1]) < rank_key(highest_from)) return false;
-  if (exchange.left && key_of(kept[exchange.left - 1]) > rank_key(lowest_until)) return false;
+  if (exchange.entered && key_of(pruned[exchange.entered - 1]) < rank_key(highest_from(window))) return false;
+  if (exchange.left && key_of(kept[exchange.left - 1]) > rank_key(lowest_until(window))) return false;
 
   exchange.entering = candidates.pruned;
   exchange.leaving = candidates.kept;
@@ -242,13 +238,6 @@ void apply(const Segments& segments, int64_t segment, const Exchange& exchange,
   };
   each(exchange.entering, exchange.entered, [](const Patch& patch, int64_t index) { patch.keep(index); });
   each(exchange.leaving, exchange.left, [](const Patch& patch, int64_t index) { patch.prune(index); });
-}
-
-Pairs pairs_named(const std::string& name) {
-  if (name == "best") return Pairs::kBest;
-  if (name == "inverse") return Pairs::kInverse;
-  STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
-  return Pairs::kRandom;
 }
 
 std::vector<Patch> make_patches(const Segments& segments, const Tensors& masks, const Tensors& weights,

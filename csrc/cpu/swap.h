@@ -6,12 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "../order.h"
 #include "patch.h"
 #include "workspace.h"
 
 namespace jackpot {
-
-enum class Pairs { kBest, kInverse, kRandom };
 
 // What a swap is told.
 struct SwapSettings {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../window.h"
+
 namespace jackpot {
 
 // A tile's candidates wait in two buffers of this many ranks: 64 KiB, small enough for any stack.
@@ -14,12 +16,6 @@ constexpr int64_t kTileRanks = kTile + 4;
 // Eight took twice as long to count with, 13.5 ns instead of 7.0 for 64 values in cache, and left a range not
 // much narrower.
 constexpr int kPivots = 4;
-
-// Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.
-struct Window {
-  float low, high;
-  float kept_high, pruned_low;
-};
 
 struct Counts {
   int64_t kept_out, pruned_out;  // candidates emitted

@@ -23,10 +23,6 @@ static_assert(std::is_trivial_v<SegmentRecord> && sizeof(SegmentRecord) % sizeof
 
 constexpr int64_t kRecordWords = sizeof(SegmentRecord) / sizeof(int64_t);
 
-// The share of a layer that a step proposes to swap is a per cent or so. Two lists of 1/32 are 0.5 bytes a
-// weight.
-inline int64_t candidate_capacity(int64_t numel) { return numel / 32 + 512; }
-
 inline int64_t workspace_words(const std::vector<int64_t>& numel) {
   int64_t words = 0;
   for (const int64_t n : numel) words += kRecordWords + 2 * candidate_capacity(n);

@@ -2,17 +2,11 @@
 
 #include <algorithm>
 
+#include "../search_step.h"
 #include "step.h"
 
 namespace jackpot {
 namespace {
-
-Pairs pairs_named(const std::string& name) {
-  if (name == "best") return Pairs::kBest;
-  if (name == "inverse") return Pairs::kInverse;
-  STD_TORCH_CHECK(name == "random", "pairs must be best, inverse or random, got ", name);
-  return Pairs::kRandom;
-}
 
 SwapLayer make_layer(const Device& device, const Tensor& scores, const Tensor& mask, const Tensor* weight,
                      const Tensor* effective) {

@@ -418,12 +418,6 @@ class CandidateSwap {
     const uint32_t capacity = candidate_capacity(numel_of(table, number));
     return {ranks, capacity, counts.pruned_out, counts.pruned_out + counts.kept_out};
   }
-  static __device__ float highest_from(const Window& window) {
-    return window.pruned_low <= window.high ? fminf(window.pruned_low, window.low) : window.pruned_low;
-  }
-  static __device__ float lowest_until(const Window& window) {
-    return window.kept_high >= window.low ? fmaxf(window.kept_high, window.high) : window.kept_high;
-  }
 
   // The window's bins are the first histogram; those of the lists the second, of the leaving in the upper
   // halves.

@@ -13,7 +13,6 @@ constexpr uint32_t kMaxDims = 5;
 constexpr uint32_t kUpdateTile = 2048;
 constexpr uint32_t kScanTile = 16384;
 
-enum class Pairs : uint8_t { kBest, kInverse, kRandom };
 enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // Where a layer lies in its segment, in the tiles of a launch, and in the candidate lists.

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../order.h"
+#include "../window.h"
 
 namespace jackpot {
 
@@ -31,12 +31,6 @@ struct Counters {
 struct Header {
   Counters counters;
   Participant cold[kMaxLayers];  // as many as are counted
-};
-
-// Emitted are all scores in [low, high], the kept ones up to kept_high and the pruned ones from pruned_low.
-struct Window {
-  float low, high;
-  float kept_high, pruned_low;
 };
 
 struct Counts {
@@ -86,9 +80,6 @@ struct Segment {
 static_assert(std::is_trivial_v<Segment> && sizeof(Segment) % 8 == 0 && sizeof(Header) % 8 == 0);
 
 constexpr uint32_t kNoRound = 0xffffffffu;
-
-// The share of a layer that a step proposes to swap is a per cent or so.
-JACKPOT_HOST_DEVICE inline constexpr uint32_t candidate_capacity(uint32_t numel) { return numel / 32 + 512; }
 
 class Workspace {
  public:
