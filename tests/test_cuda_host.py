@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_swap import KINDS, draw_mask, draw_scores
+from test_swap import KINDS, draw_mask, draw_scores, jump
 from torch import Tensor
 
 from jackpot_kernels import pack_mask, swap_, threshold
@@ -342,6 +342,22 @@ def test_lists_that_end_too_early(replay: Callable[[Message], bytes]) -> None:
     rates = [1e-18, 1e-18, 0.05, 1e-18, 1e-18, 0.2, 1e-18, 0.1] * (steps // 8)
     search = Search([scores], [mask], grads, rates=rates, hyper=(0.1, 0.5, 0, 0, 1))
     assert run_search(replay, search, Launch()) < steps
+
+
+@pytest.mark.parametrize("entering", [True, False])
+def test_a_list_and_a_window_do_not_stand_for_what_lies_between(
+    replay: Callable[[Message], bytes], entering: bool
+) -> None:
+    mask, before, after = jump(entering)
+    grads = [[torch.zeros(8192)], [before - after]]
+    search = Search([before], [mask], grads, rates=[0, 0.2], hyper=(2.0, 0, 0, 0, 1))
+    assert run_search(replay, search, Launch()) == 2
+
+
+def test_more_to_keep_than_is_kept(replay: Callable[[Message], bytes]) -> None:
+    search = five_layers(3)
+    search.num_kept += 100
+    run_search(replay, search, Launch())
 
 
 def test_a_window_full_of_equal_scores(replay: Callable[[Message], bytes]) -> None:

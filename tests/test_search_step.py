@@ -125,6 +125,7 @@ def test_finds_memory_that_moved() -> None:
         ),
         (lambda search: search.num_kept.resize_(1, 2), "num_kept must be"),
         (lambda search: search.workspace.resize_(5), "workspace must be made for these layers"),
+        (lambda search: search.schedule.fill_(float("nan")), "schedule must hold rates and ramps"),
         (lambda search: search.control.fill_(5), r"control\[0\] must be in \[0, 5\) before a step, got 5"),
     ],
 )

@@ -84,6 +84,15 @@ def test_equals_the_oracle(
         assert stats[i, 3] == int(np.float32(wanted.threshold).view(np.int32))
 
 
+def test_more_to_keep_than_is_kept() -> None:
+    rng = np.random.default_rng(0)
+    scores, mask = draw_scores(rng, "normal", 50), np.arange(50) < 10
+    after, stats = run_swap([scores], [mask], [30], 0.5, 0.5)
+    wanted = oracle.swap(scores, mask, 10, 0.5, "best", 0, 5)
+    assert np.array_equal(after[0], wanted.mask)
+    assert stats[0, :3].tolist() == [wanted.proposed, wanted.entered, wanted.left]
+
+
 class Search:
     """A search over a few layers that the kernels and `reference.py` run side by side."""
 
@@ -162,6 +171,55 @@ def test_windows_that_miss_change_nothing() -> None:
     assert cold > 20
 
 
+def jump(entering: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A mask of 4096 ones, scores that 100 of either class cross, and scores that 500 more cross next.
+
+    The lists of candidates end at the 100, beyond the window, which 60 others of the class enter. The 500 of
+    one class, `entering` or leaving, lie in the gap between the list's end and the window.
+    """
+    before = torch.full((8192,), 0.1)
+    before[:3996] = 2 + torch.arange(3996) * 1e-4
+    before[3996:4096] = 0.5 - torch.arange(100) * 1e-4
+    before[4096:4196] = 3 + torch.arange(100) * 1e-3
+    after = before.clone()
+    if entering:
+        after[3496:3996], after[4196:4696], after[4696:4756] = 0.4, 2.5, 1.999
+    else:
+        after[3496:3996], after[4196:4696], after[3436:3496] = 1.0, 4.0, 2.0005
+    return torch.arange(8192) < 4096, before, after
+
+
+@pytest.mark.parametrize("entering", [True, False])
+def test_a_list_and_a_window_do_not_stand_for_what_lies_between(entering: bool) -> None:
+    mask, *scores = jump(entering)
+    schedule = torch.tensor([[0, 1], [0.2, 1]], dtype=torch.float64)
+    momenta, empty, hyper = torch.zeros(8192), torch.empty(0), torch.zeros(1, 5)
+    ours, wanted, workspace = pack_mask(mask), pack_mask(mask), new_workspace(scores[:1])
+    control = torch.zeros(3, dtype=torch.int64)
+    for values in scores:
+        score_update_([values], [momenta], [empty], [ours], hyper, control, workspace=workspace)
+        settings = (torch.tensor([[4096, 4096]]), schedule, control)
+        stats = swap_([values], [ours], *settings, workspace=workspace)
+        assert torch.equal(stats[:, :4], reference.swap_([values], [wanted], *settings)[:, :4])
+        assert torch.equal(ours, wanted)
+
+
+def test_candidates_of_an_earlier_update_are_not_taken() -> None:
+    ours, wanted = Search(False, 40), Search(False, 40)
+    grads = [0.01 * torch.randn(s.shape) for s in ours.scores]
+    for search in (ours, wanted):
+        for _ in range(6):
+            search.step(grads)
+        state = (search.scores, search.momenta, grads, search.words, search.hyper, search.control)
+        score_update_(*state, workspace=search.workspace)
+        score_update_(*state)
+    settings = (ours.num_kept, ours.schedule, ours.control)
+    stats = swap_(ours.scores, ours.words, *settings, workspace=ours.workspace)
+    wanted_stats = reference.swap_(wanted.scores, wanted.words, *settings)
+    assert torch.equal(stats[:, :4], wanted_stats[:, :4]) and bool(stats[:, 4].all())
+    assert all(map(torch.equal, ours.words, wanted.words))
+
+
 def test_candidates_serve_one_swap_only() -> None:
     """A second swap at the same step sees masks that the candidates do not know."""
     ours, wanted = Search(False, 40), Search(False, 40)
@@ -181,6 +239,23 @@ def test_a_skipped_step_swaps_nothing() -> None:
     schedule = torch.ones(3, 2, dtype=torch.float64)
     stats = swap_(scores, words, torch.tensor([[1, 1]]), schedule, torch.tensor([1, 1, 1]))
     assert words[0].tolist() == [1] and not stats.any()
+
+
+@pytest.mark.parametrize("channels_last", ["weight", "effective"])
+def test_weight_and_effective_weight_of_different_strides(channels_last: str) -> None:
+    scores, mask = torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5) < 0.3
+    weight = torch.randn(4, 3, 5, 5)
+    effective = [[weight * mask], [weight * mask]]
+    if channels_last == "weight":
+        weight = weight.to(memory_format=torch.channels_last)
+    else:
+        effective = [[e[0].to(memory_format=torch.channels_last)] for e in effective]
+    ours, wanted = [pack_mask(mask)], [pack_mask(mask)]
+    kept, schedule = int(mask.sum()), torch.ones(1, 2, dtype=torch.float64)
+    settings = (torch.tensor([[kept, kept]]), schedule, torch.tensor([1, 0, 0]))
+    swap_([scores], ours, *settings, weights=[weight], effective=effective[0])
+    reference.swap_([scores], wanted, *settings, weights=[weight], effective=effective[1])
+    assert torch.equal(ours[0], wanted[0]) and torch.equal(effective[0][0], effective[1][0])
 
 
 def test_more_threads_than_segments() -> None:

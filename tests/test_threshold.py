@@ -68,6 +68,16 @@ def test_many_ties_below_a_few_that_a_sample_misses(n: int) -> None:
         check([values.astype(np.float32)], [int(rng.choice([1, 2, 3, 4, 100]))], joint=False)
 
 
+@pytest.mark.parametrize("n", [3000, 20_000])
+def test_the_kth_just_below_many_zeros(n: int) -> None:
+    """The range of the k-th then ends below -0, too, which equals +0."""
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(n) < 0.3, 0.0, rng.standard_normal(n)).astype(np.float32)
+    values *= rng.choice([-1, 1], n).astype(np.float32)
+    num_kept = [int((values >= 0).sum()) + below for below in (0, 1, 2, 10, 30, 100)]
+    check([values] * len(num_kept), num_kept, joint=False)
+
+
 def test_subnormal_numbers_count_where_torch_flushes_them() -> None:
     """Equal as numbers, different by their bits: no k-th was found, and memory of nobody was read."""
     bits = np.random.default_rng(0).integers(0, 2**20, 20_000).astype(np.int32)
