@@ -26,19 +26,25 @@ __device__ Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(dynamic_shared);
 }
 
-// The last layer whose first tile (or position) is not above the given one.
-template <uint32_t Place::* kStart, class Layer>
-__device__ uint32_t layer_from(const Layer* layers, uint32_t count, uint32_t at) {
+// The last of `count` whose start(i) is not above the given one.
+template <class Start>
+__device__ uint32_t last_from(uint32_t count, uint32_t at, const Start& start) {
   uint32_t low = 0, high = count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    if (layers[middle].place.*kStart <= at) {
+    if (start(middle) <= at) {
       low = middle;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+// The last layer whose first tile (or position) is not above the given one.
+template <uint32_t Place::* kStart, class Layer>
+__device__ uint32_t layer_from(const Layer* layers, uint32_t count, uint32_t at) {
+  return last_from(count, at, [&](uint32_t i) { return layers[i].place.*kStart; });
 }
 
 struct SumScratch {

@@ -103,14 +103,9 @@ __device__ inline void take_histogram(uint32_t* to, uint32_t* from) {
   __syncthreads();
 }
 
-// The last participant whose first tile is not above the given one.
-__device__ inline uint32_t participant_of(uint32_t tile, const SelectShared& shared) {
-  uint32_t low = 0, high = shared.participants;
-  while (high - low > 1) {
-    const uint32_t middle = (low + high) / 2;
-    (shared.participant[middle].first_tile <= tile ? low : high) = middle;
-  }
-  return low;
+__device__ inline const Participant& participant_of(uint32_t tile, const SelectShared& shared) {
+  const auto first_tile = [&](uint32_t i) { return shared.participant[i].first_tile; };
+  return shared.participant[last_from(shared.participants, tile, first_tile)];
 }
 
 // Waits until a round may run and takes its plan; false if the segment needs it no more.
@@ -158,7 +153,7 @@ __device__ void run_rounds(const Table& table, uint32_t rounds, Operation& opera
     __syncthreads();
     const uint32_t round = shared.ticket / shared.tiles, at = shared.ticket % shared.tiles;
     if (round >= rounds) break;
-    const auto& [number, first_tile] = shared.participant[participant_of(at, shared)];
+    const auto& [number, first_tile] = participant_of(at, shared);
     const uint32_t tile = table.layers[number].place.first_tile + at - first_tile;
     const uint32_t layer =
         table.joint ? layer_from<&Place::first_tile>(table.layers, table.count, tile) : number;
