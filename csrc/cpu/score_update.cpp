@@ -94,7 +94,7 @@ void update_scores(const Segments& segments, const std::vector<LayerUpdate>& upd
   if (workspace) {
     for (SegmentRecord* record : workspace->records) {
       record->counts = {};
-      record->emitted_at = record->armed ? control[0] : 0;
+      record->emitted_at = control[0];
     }
   }
   parallel_tiles(tiles,

@@ -14,12 +14,12 @@ namespace jackpot {
 
 struct SegmentRecord {
   int64_t emitted_at;  // the step whose candidates the lists hold, 0: none
-  int64_t armed;       // the window rests on an earlier step's threshold
+  int64_t armed;       // the window rests on an earlier step's threshold; else nothing is emitted or counted
   Counts counts;
   Window window;
-  float threshold, predicted, half_width, unused;
+  float threshold, predicted, half_width;
 };
-static_assert(std::is_trivial_v<SegmentRecord> && sizeof(SegmentRecord) % sizeof(int64_t) == 0);
+static_assert(std::is_trivial_v<SegmentRecord>);
 
 constexpr int64_t kRecordWords = sizeof(SegmentRecord) / sizeof(int64_t);
 

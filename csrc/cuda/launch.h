@@ -49,7 +49,6 @@ cudaError_t for_each_part(const Launch& launch, Table& table, const std::vector<
   cudaError_t error = cudaSuccess;
   for (size_t first = 0; first < layers.size() && error == cudaSuccess; first += most) {
     table.count = static_cast<uint32_t>(std::min(most, layers.size() - first));
-    table.last = first + most >= layers.size();
     std::copy_n(layers.begin() + first, table.count, table.layers);
     place_layers(table, tile, first_rank);
     error = body(table, first);

@@ -67,7 +67,7 @@ __device__ void count_step(const UpdateTable& table) {
   if (!skip) {
     for (uint32_t s = threadIdx.x; s < table.num_segments; s += blockDim.x) {
       table.all_segments[s].counts = {};
-      table.all_segments[s].emitted_at = table.all_segments[s].armed ? step : 0;
+      table.all_segments[s].emitted_at = step;
     }
   }
   __syncthreads();
@@ -261,7 +261,8 @@ cudaError_t score_update(const Launch& launch, const std::vector<UpdateLayer>& l
   table.ranks = workspace.ranks();
   table.all_segments = workspace.segments();
   table.num_segments = workspace.num_segments();
-  const auto check = [&](const UpdateTable& part, size_t) {
+  const auto check = [&](UpdateTable& part, size_t first) {
+    part.last = first + part.count == layers.size();
     return start(check_kernel, launch.stream, launch.blocks_for(part.tiles, 8), kThreads, sizeof(Shared),
                  part);
   };

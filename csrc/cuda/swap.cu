@@ -529,7 +529,7 @@ class Rounds {
         scan_for_cuts(from, tile, number);
         break;
       default:
-        scan_to_apply(from, tile, number);
+        scan_to_apply(from, tile);
     }
   }
 
@@ -668,7 +668,7 @@ class Rounds {
     plan.problems[kLeavingBound].k = bounds.leaving;
   }
 
-  __device__ void scan_to_apply(const SwapLayer& layer, uint32_t tile, uint32_t) {
+  __device__ void scan_to_apply(const SwapLayer& layer, uint32_t tile) {
     const Plan& plan = shared_.plan;
     const int64_t step = table_.control[0];
     const uint64_t entering_cut = plan.problems[kEntering].cut(), leaving_cut = plan.problems[kLeaving].cut();

@@ -64,7 +64,7 @@ struct SwapLayer {
 struct SwapTable {
   SwapLayer layers[kMaxLayers];
   uint32_t count, tiles;
-  bool joint, last;
+  bool joint;
   Pairs pairs;
   int64_t seed;
   const int64_t* num_kept;  // [segments, 2]
@@ -96,7 +96,7 @@ struct ThresholdLayer {
 struct ThresholdTable {
   ThresholdLayer layers[kMaxLayers];
   uint32_t count, tiles;
-  bool joint, last;
+  bool joint;
   const int64_t* num_kept;  // [segments]
   float* value;             // [segments]
   int64_t* index;           // [segments]

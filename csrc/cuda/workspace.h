@@ -71,7 +71,7 @@ struct Segment {
   int64_t emitted_at;  // the step whose candidates the lists hold, 0: none
   Window window;
   float threshold, predicted, half_width;
-  uint32_t armed;  // the window rests on an earlier step's threshold
+  uint32_t armed;  // the window rests on an earlier step's threshold; else nothing is emitted or counted
   Counts counts;
   uint32_t round;  // the one that may run now
   Plan plan;
