@@ -242,6 +242,11 @@ def search_step_(
     return swap_(scores, masks, num_kept, schedule, control, **how)
 
 
+def score_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return dL/d(scores) = dL/d(weight * mask) * weight in float32, for pruned weights too (Eq. 6, 18)."""
+    return grad.float() * weight.float()
+
+
 class StraightThrough(torch.autograd.Function):
     """``weight * mask`` whose gradient reaches every score: dL/d(scores) = dL/d(weight * mask) * weight
     (Eq. 6, 18)."""
@@ -254,7 +259,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         weight, mask = ctx.saved_tensors
-        return grad * mask if ctx.needs_input_grad[0] else None, grad.float() * weight.float(), None
+        return grad * mask if ctx.needs_input_grad[0] else None, score_grad(grad, weight), None
 
 
 def masked_linear(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from jackpot_kernels.ops.masked import score_grad
+from jackpot_kernels.ops.score_grad import score_grad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LAST = torch.channels_last

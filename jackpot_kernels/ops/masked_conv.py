@@ -16,8 +16,8 @@ from jackpot_kernels.ops.masked import (
     cast_weight,
     once,
     register,
-    score_grad,
 )
+from jackpot_kernels.ops.score_grad import score_grad
 
 
 class Geometry(NamedTuple):

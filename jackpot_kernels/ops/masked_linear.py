@@ -19,8 +19,8 @@ from jackpot_kernels.ops.masked import (
     cast_weight,
     once,
     register,
-    score_grad,
 )
+from jackpot_kernels.ops.score_grad import score_grad
 
 
 def _dense(x: Tensor, weight: Tensor, words: Tensor, kept: Tensor | None, bias: Tensor | None) -> Tensor:
