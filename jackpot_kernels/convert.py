@@ -99,7 +99,7 @@ def finalize(model: nn.Module) -> nn.Module:
         ``model`` itself, or the plain layer when ``model`` is a single masked layer.
 
     Raises:
-        TypeError: when a weight is sharded.
+        TypeError: when ``model`` is no module or a weight is sharded.
         ValueError: when there is no masked layer, or a parametrization computes what one holds.
     """
     for name, layer in require_masked_layers(model).items():
@@ -117,7 +117,11 @@ def finalize(model: nn.Module) -> nn.Module:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    """Return the masked layers by name, in module order; a layer that stands in several places comes once."""
+    """Return the masked layers by name, in module order; a layer that stands in several places comes once.
+
+    Raises:
+        TypeError: when ``model`` is no module.
+    """
     require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
@@ -145,7 +149,8 @@ def sparsity(model: nn.Module) -> Sparsity:
     and attention projections, but no biases and no normalisation.
 
     Raises:
-        ValueError: when there is no masked layer.
+        TypeError: when ``model`` is no module.
+        ValueError: when there is no masked layer, or masks are on the meta device.
     """
     layers = list(require_masked_layers(model).values())
     numel = [layer.weight.numel() for layer in layers]

@@ -36,6 +36,10 @@ class SearchSettings:
         workers: processes that load a data set which is not held in tensors.
 
     The others are those of ``initialize`` and ``SRPopup``.
+
+    Raises:
+        TypeError: when a setting is not of its type.
+        ValueError: when one is out of its range, or has no meaning beside another.
     """
 
     sparsity: float = 0.9
@@ -102,6 +106,9 @@ class TrainingSettings:
         amp: autocast to bfloat16; parameters stay float32.
 
     The others are those of ``torch.optim.SGD`` and ``SearchSettings``.
+
+    Raises:
+        TypeError, ValueError: as of ``SearchSettings``.
     """
 
     epochs: int = 160

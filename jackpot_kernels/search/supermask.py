@@ -43,6 +43,7 @@ class Supermask(torch.optim.Optimizer):
         seed: the draw of a step depends on seed, step and the kind of device alone.
 
     Raises:
+        TypeError: when an argument has a wrong type.
         ValueError: when there is no layer to search or an argument is out of its range.
 
     A step with a NaN or infinite gradient changes nothing but ``skipped_steps``. Each step waits for the
