@@ -182,7 +182,8 @@ class SRPopup(torch.optim.Optimizer):
         Raises:
             RuntimeError: past ``total_steps``, or when a layer was moved, replaced or given another number of
                 kept weights since the optimizer was made; nothing has changed then.
-            ValueError: when a group was given a number that is out of range; nothing has changed then.
+            TypeError, ValueError: when a group was given what is no number, or one out of range; nothing has
+                changed then.
         """
         try:
             return self._take_step(closure)
