@@ -440,6 +440,7 @@ def test_env_prints_facts():
         (["--budget", "even"], "budget must be one of global, magnitude, uniform, erk, got 'even'"),
         (["--normalization", "off"], "normalization must be one of stats, frozen, recalibrate, got 'off'"),
         (["--device", "abacus"], "device must be one that torch can use here, got 'abacus'"),
+        (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (
             ["--model", "digits_net"],
             f"model must be {', '.join(MODELS)} or module:callable, got 'digits_net'",
@@ -513,10 +514,13 @@ def test_search_wants_model_and_data(tmp_path):
 
 
 def test_search_on_a_gpu_wants_kernels_for_it(monkeypatch, tmp_path):
+    zeros = torch.zeros
     monkeypatch.setattr("jackpot_kernels._extension.build_facts", lambda: {"cuda_archs": []})
-    assert choose_device("meta").type == "meta"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: zeros(*size, **options | {"device": "cpu"}))
+    assert choose_device("auto").type == "cuda"
     assert choose_device("auto", search=True).type == "cpu"
-    result = search(tmp_path / "out", *PLAIN, "--device", "meta", expect=2)
+    result = search(tmp_path / "out", *PLAIN, "--device", "cuda", expect=2)
     assert "device must be cpu where the extension was built without CUDA kernels" in result.stderr
 
 
