@@ -35,7 +35,9 @@ def search(
     lr: Annotated[float, typer.Option(help="Learning rate of the scores; falls along a cosine.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="Momentum of the scores.")] = 0.9,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of the scores.")] = 5e-4,
-    method: Annotated[str, typer.Option(help="sr-popup, or supermask (try --lr 100).")] = "sr-popup",
+    method: Annotated[
+        str, typer.Option(help="sr-popup, or supermask, which wants --lr 100 --weight-decay 0.")
+    ] = "sr-popup",
     criterion: Annotated[str, typer.Option(help="magnitude, snip, grasp or random.")] = "magnitude",
     budget: Annotated[str, typer.Option(help="global, magnitude, uniform or erk.")] = "global",
     scope: Annotated[str, typer.Option(help="Weights compete by layer, or global.")] = "layer",
